@@ -1,0 +1,1238 @@
+"""The decoder: a Qwen2.5-shaped transformer with its cache, its loss and its ways of choosing tokens, in one file.
+
+Read it from top to bottom: configuration, rotary tables, the KV cache, masks, the layers, the model, initialisation,
+then generation (filters, sampling, beams) and the count of floating-point operations.
+
+Letters in the shapes that comments and signatures give:
+    B rows of a batch      T tokens of this call      S keys seen by it (cached and new)
+    E hidden size          H query heads              K key/value heads (H is a multiple of K)
+    D size of a head       F inner size of the MLP    V vocabulary            L layers
+
+Parameter names are a file format: modules bear the names of Hugging Face's Qwen2, so that published weights load
+with `load_state_dict(strict=True)`. Nothing here knows about training, files or text.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # a target that is not trained on, as in torch's own cross-entropy
+INIT_STD = 0.02  # standard deviation of fresh matrices, as in GPT-2 and Qwen2
+# Logits are the largest tensor of a small model with a large vocabulary; the loss makes at most this many at a time
+# (2**25 fp32 numbers = 128 MiB).
+LOGITS_PER_CHUNK = 2**25
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary angles are stretched beyond the context that the weights were trained with.
+
+    The names are those of a published `config.json`; which of them are read depends on `rope_type`.
+    """
+
+    rope_type: Literal["linear", "dynamic", "yarn", "llama3"]
+    factor: float = 1.0  # new context / original context
+    original_max_position_embeddings: int | None = None  # None: the model's max_position_embeddings
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn: dimensions that turn more often than this in the original context stay
+    beta_slow: float = 1.0  # yarn: those that turn less often are interpolated
+    attention_factor: float | None = None  # yarn: None derives it from the factor
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the borders of the ramp to whole dimensions
+
+    def __post_init__(self) -> None:
+        kinds = ("linear", "dynamic", "yarn", "llama3")
+        _require(self.rope_type in kinds, f"rope_type: expected one of {kinds}, got {self.rope_type!r}")
+        _require(self.factor >= 1.0, f"rope_scaling.factor: expected >= 1, got {self.factor}")
+        original = self.original_max_position_embeddings
+        _require(original is None or original > 0, f"original_max_position_embeddings: expected > 0, got {original}")
+        _require(
+            self.high_freq_factor > self.low_freq_factor > 0,
+            f"expected high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and {self.low_freq_factor}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. The defaults are Qwen2.5-0.5B; the names are those of a published `config.json`."""
+
+    vocab_size: int = 151_936
+    hidden_size: int = 896
+    intermediate_size: int = 4_864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 32_768
+    rope_theta: float = 1_000_000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6  # of either kind of norm
+    tie_word_embeddings: bool = True
+    qkv_bias: bool = True  # Qwen2: biases on q, k and v alone
+    qk_norm: bool = False  # Qwen3: RMSNorm on each head of q and k
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    positions: Literal["rope", "learned"] = "rope"
+    bias: bool = False  # GPT-2: biases on every linear layer and norm
+    j_branch: bool = False  # a third residual branch: a LayerNorm beside the attention
+    j_bias: bool = True  # its bias, which released weights of that family have
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+        for name in (*sizes.split(), "max_position_embeddings"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, f"{name}: expected an integer > 0, got {value!r}")
+        for name in ("tie_word_embeddings", "qkv_bias", "qk_norm", "bias", "j_branch", "j_bias"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name}: expected true or false, got {value!r}")
+        heads, kv_heads, hidden = self.num_attention_heads, self.num_key_value_heads, self.hidden_size
+        _require(
+            heads % kv_heads == 0,
+            f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})",
+        )
+        if self.head_dim is None:
+            _require(
+                hidden % heads == 0,
+                f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) unless head_dim is given",
+            )
+            object.__setattr__(self, "head_dim", hidden // heads)
+        _require(self.head_dim > 0, f"head_dim: expected > 0, got {self.head_dim}")
+        if self.positions == "rope":
+            _require(self.head_dim % 2 == 0, f"head_dim: expected an even number for rotary pairs, got {self.head_dim}")
+        else:
+            _require(self.rope_scaling is None, "rope_scaling: expected null with positions: learned")
+        _require(self.rope_theta > 0, f"rope_theta: expected > 0, got {self.rope_theta}")
+        _require(0 < self.rms_norm_eps < 1, f"rms_norm_eps: expected 0 < eps < 1, got {self.rms_norm_eps}")
+        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, got {self.dropout}")
+        for name, kinds in (
+            ("norm", ("rmsnorm", "layernorm")),
+            ("mlp", ("swiglu", "gelu")),
+            ("positions", ("rope", "learned")),
+        ):
+            value = getattr(self, name)
+            _require(value in kinds, f"{name}: expected one of {kinds}, got {value!r}")
+
+    @property
+    def original_context(self) -> int:
+        """Positions that the weights were trained with, before any rotary scaling."""
+        scaling = self.rope_scaling
+        return (scaling and scaling.original_max_position_embeddings) or self.max_position_embeddings
+
+    @property
+    def context(self) -> int:
+        """The longest row that the model is meant for, scaling included."""
+        stretched = self.original_context * self.rope_scaling.factor if self.rope_scaling else 0
+        return max(self.max_position_embeddings, int(stretched))
+
+
+# --- rotary positions -------------------------------------------------------------------------------------------------
+
+
+def _yarn_ramp(cfg: ModelConfig, scaling: RopeScaling) -> Tensor:
+    """[D/2], 0 where a dimension keeps its frequency and 1 where it is interpolated (arXiv 2309.00071, section 3.2)."""
+    half, base = cfg.head_dim // 2, cfg.rope_theta
+
+    def dimension_that_turns(times: float) -> float:
+        return cfg.head_dim * math.log(cfg.original_context / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension_that_turns(scaling.beta_fast), dimension_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, cfg.head_dim - 1)
+    width = high - low or 0.001
+    return ((torch.arange(half, dtype=torch.float64) - low) / width).clamp(0, 1)
+
+
+def _yarn_magnitude(scaling: RopeScaling) -> float:
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(scaling.factor) + 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
+    return magnitude(1.0)
+
+
+def rope_frequencies(cfg: ModelConfig, length: int) -> tuple[Tensor, float]:
+    """([D/2] radians per position in fp64, factor on cos and sin) for a request of `length` positions."""
+    pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
+    plain = cfg.rope_theta**-pairs
+    scaling = cfg.rope_scaling
+    if scaling is None or scaling.factor == 1.0:  # a factor of 1 changes nothing, to the last bit
+        magnitude = scaling.attention_factor if scaling and scaling.rope_type == "yarn" else None
+        return plain, magnitude or 1.0
+    if scaling.rope_type == "linear":
+        return plain / scaling.factor, 1.0
+    if scaling.rope_type == "dynamic":
+        stretch = max(scaling.factor * length / cfg.original_context - (scaling.factor - 1), 1.0)
+        return (cfg.rope_theta * stretch ** (cfg.head_dim / (cfg.head_dim - 2))) ** -pairs, 1.0
+    if scaling.rope_type == "yarn":
+        ramp = _yarn_ramp(cfg, scaling)
+        return plain / scaling.factor * ramp + plain * (1 - ramp), _yarn_magnitude(scaling)
+    turns = cfg.original_context * plain / (2 * math.pi)  # llama3: whole turns within the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return (1 - keep) * plain / scaling.factor + keep * plain, 1.0
+
+
+def rope_tables(cfg: ModelConfig, positions: int, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [positions, D/2] in fp32. The angles are fp64: in fp32 position 131,071 is off by 0.004 rad."""
+    frequencies, magnitude = rope_frequencies(cfg, length)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+    return (angles.cos() * magnitude).float(), (angles.sin() * magnitude).float()
+
+
+class Rope:
+    """The tables that a model last needed. They only grow, to the next power of two; they are in no state dict."""
+
+    def __init__(self) -> None:
+        self.builds = 0
+        self._made_for: tuple = ()
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def tables(self, cfg: ModelConfig, positions: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [>= positions, D/2] for a request that will be `length` positions long."""
+        dynamic = cfg.rope_scaling is not None and cfg.rope_scaling.rope_type == "dynamic"
+        stretched = max(length, cfg.original_context) if dynamic else 0  # the only rule that looks at the request
+        made_for = (cfg.rope_theta, cfg.rope_scaling, cfg.head_dim, cfg.original_context, stretched, device)
+        held = len(self._tables[0]) if self._tables else 0
+        if made_for != self._made_for or positions > held:
+            size = max(held, 1 << (positions - 1).bit_length())
+            cos, sin = rope_tables(cfg, size, length)  # on the CPU: Apple GPUs have no fp64
+            self._tables = cos.to(device), sin.to(device)
+            self._made_for = made_for
+            self.builds += 1
+        return self._tables
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of x [B, heads, T, D] by the angles of cos, sin [B|1, 1, T, D/2], in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of one request: an argument of the forward, owned by the request, gone with it.
+
+    Rows may have different lengths: row b holds `lengths[b]` tokens in its first slots, whatever lies behind them is
+    never attended to. Memory is allocated by the first use and doubles up to `length` slots. Only the model advances
+    the clock, after all layers have run, so an exception in the middle of a forward leaves the cache as it was.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype | None = None, length: int | None = None):
+        self.length = length or cfg.max_position_embeddings  # the most tokens that a row will ever hold
+        self.dtype = dtype  # None: that of the keys as computed
+        self.lengths = [0] * batch  # on the host, so that choosing a kernel needs no device sync
+        self.capacity = 0
+        self._keys: list[Tensor | None] = [None] * cfg.num_hidden_layers  # each [B, K, capacity, D]
+        self._values: list[Tensor | None] = [None] * cfg.num_hidden_layers
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for rows of `slots` tokens."""
+        _require(slots <= self.length, f"the cache is made for {self.length} tokens a row, this call needs {slots}")
+        if slots > self.capacity:
+            self.capacity = min(max(slots, 2 * self.capacity), self.length)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, starts: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Put k, v [B, K, T, D] behind each row's tokens; return all keys and values so far, [B, K, S, D] each."""
+        slots = max(self.lengths) + k.shape[2]
+        out = []
+        for held, new in ((self._keys, k), (self._values, v)):
+            held[layer] = self._grown(held[layer], new)
+            _put(held[layer], new.detach(), starts)
+            out.append(held[layer][:, :, :slots].to(new.dtype))
+        return out[0], out[1]
+
+    def _grown(self, old: Tensor | None, new: Tensor) -> Tensor:
+        if old is not None and old.shape[2] == self.capacity:
+            return old
+        batch, heads, _, size = new.shape
+        # Zeros, not empty: a masked weight is exactly 0, but 0 x NaN from uninitialised memory would be NaN.
+        grown = torch.zeros(batch, heads, self.capacity, size, dtype=self.dtype or new.dtype, device=new.device)
+        if old is not None:
+            grown[:, :, : old.shape[2]] = old
+        return grown
+
+    def advance(self, counts: Sequence[int]) -> None:
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep, repeat or reorder rows (beam search; rows that have ended)."""
+        if list(rows) == list(range(len(self.lengths))):
+            return
+        self.lengths = [self.lengths[row] for row in rows]
+        for held in (self._keys, self._values):
+            for layer, tensor in enumerate(held):
+                if tensor is not None:
+                    held[layer] = tensor[torch.tensor(rows, device=tensor.device)]
+
+    def crop(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        self.lengths = [min(length, held) for held in self.lengths]
+
+    def free(self) -> None:
+        """Give the memory back and start over."""
+        self.lengths, self.capacity = [0] * len(self.lengths), 0
+        self._keys, self._values = [None] * len(self._keys), [None] * len(self._values)
+
+
+def _put(cache: Tensor, new: Tensor, starts: Tensor | int) -> None:
+    if cache.dtype == torch.float16 and new.dtype != torch.float16:
+        largest = torch.finfo(torch.float16).max
+        new = new.clamp(-largest, largest)  # saturate: an inf in the cache would become NaN in the softmax
+    tokens = new.shape[2]
+    if isinstance(starts, int):
+        cache[:, :, starts : starts + tokens] = new
+    else:
+        slots = starts[:, None] + torch.arange(tokens, device=new.device)  # [B, T]
+        cache.scatter_(2, slots[:, None, :, None].expand_as(new), new.to(cache.dtype))
+
+
+# --- who may look at whom ---------------------------------------------------------------------------------------------
+
+MaskRule = Callable[[Tensor, Tensor, Tensor], Tensor]  # (row, query position, key position) -> may look, broadcast
+
+
+class Context(NamedTuple):
+    """What all layers of one forward share."""
+
+    positions: Tensor  # [B|1, T], for rotary angles and learned positions
+    cos: Tensor | None  # [B|1, 1, T, D/2]
+    sin: Tensor | None
+    causal: bool  # plain causality over the tokens of this call: the fused kernel, no mask
+    mask: Tensor | None  # bool [B|1, 1, T, S], true where a query may look at a key
+    alive: Tensor | None  # bool [B|1, 1, T, 1], false for a query that may look at nothing; None: all may
+    cache: KVCache | None
+    starts: Tensor | int  # first slot of this call: one for all rows, or [B]
+
+
+def _boolean_mask(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    shape = tuple(mask.shape)
+    _require(mask.is_floating_point(), f"attn_mask {shape}: expected bool or additive float, got {mask.dtype}")
+    keep, drop = mask == 0, mask <= -1e4
+    _require(
+        bool((keep | drop).all()),
+        f"attn_mask {shape}: an additive mask holds 0 (look) and -1e4 or less (do not), and nothing else",
+    )
+    return keep
+
+
+def _mask_from_tensor(mask: Tensor, q_slots: Tensor, keys: int, batch: int) -> tuple[Tensor, Tensor | None]:
+    """(bool [B|1, 1, T|1, S], bool [B|1, S] if it only speaks of keys), cut out at absolute positions."""
+    shape, last = tuple(mask.shape), int(q_slots.max()) + 1
+    mask = _boolean_mask(mask)
+    if mask.dim() == 2:
+        mask = mask[:, None, None, :]
+    legal = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1 and mask.shape[3] >= keys
+    legal = legal and (mask.shape[2] == 1 or mask.shape[2] >= last)
+    rows, size = f"{{1 or {batch}}}", f"at least {keys}"
+    _require(
+        legal,
+        f"attn_mask: expected ({rows}, S), ({rows}, 1, 1, S) or ({rows}, 1, S, S) with S {size}, got {shape}",
+    )
+    mask = mask[..., :keys]
+    if mask.shape[2] == 1:
+        return mask, mask[:, 0, 0]
+    rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
+    return mask[rows, 0, q_slots][:, None], None
+
+
+def _document_runs(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """(number of the run that each token is in, position inside the run), both [B, T]. A new id starts a new run."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    first = torch.where(starts, index, 0).cummax(dim=1).values
+    return starts.cumsum(dim=1), index - first
+
+
+def _who_sees_whom(
+    batch: int,
+    tokens: int,
+    counts: Sequence[int],
+    cached: Sequence[int],
+    attn_mask: Tensor | MaskRule | None,
+    documents: Tensor | None,
+    allow_future: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor | int, bool, Tensor | None]:
+    """(positions, starts, causal, mask) of a call with `counts` new tokens behind `cached` ones, row by row."""
+    uniform = len(set(cached)) == 1
+    starts = cached[0] if uniform else torch.tensor(cached, device=device)
+    first = torch.tensor([cached[0]] if uniform else cached, device=device)
+    q_slots = first[:, None] + torch.arange(tokens, device=device)  # [B|1, T]
+    keys = max(cached) + tokens
+    plain = attn_mask is None and documents is None and not allow_future
+    if plain and uniform and (tokens == 1 or cached[0] == 0):
+        return q_slots, starts, tokens > 1, None
+
+    k_slots = torch.arange(keys, device=device)
+    # Bottom-right aligned: query i of a call looks at everything cached and at the new keys up to i.
+    end = first + torch.tensor(counts, device=device) - 1  # [B], last real token: behind it lies padding
+    seen = end[:, None].expand(-1, tokens) if allow_future else q_slots
+    mask = k_slots <= seen[:, None, :, None]  # [B|1, 1, T, S]
+    positions = q_slots
+    if callable(attn_mask):
+        rows = torch.arange(batch, device=device)[:, None, None, None]
+        mask = mask & attn_mask(rows, q_slots[:, None, :, None], k_slots)
+    elif attn_mask is not None:
+        allowed, real_keys = _mask_from_tensor(attn_mask.to(device), q_slots, keys, batch)
+        mask = mask & allowed
+        if real_keys is not None:  # padding on the left: positions count real tokens only
+            counted = (real_keys.long().cumsum(dim=1) - 1).clamp(min=0)
+            positions = counted.gather(1, q_slots.expand(len(counted), -1)) if uniform else counted.gather(1, q_slots)
+    if documents is not None:
+        runs, positions = _document_runs(documents)
+        mask = mask & (runs[:, None, :, None] == runs[:, None, None, :])
+    return positions, starts, False, mask
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide each vector by its root mean square; the arithmetic is fp32 in every precision."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * normed).to(x.dtype)
+
+
+def _norm(cfg: ModelConfig) -> nn.Module:
+    if cfg.norm == "rmsnorm":
+        return RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+    return nn.LayerNorm(cfg.hidden_size, cfg.rms_norm_eps, bias=cfg.bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context, dropout: float) -> Tensor:
+    """q [B, H, T, D] over k, v [B, K, S, D] -> [B, H, T, D]. Keys are never repeated for the heads that share them."""
+    batch, heads, tokens, size = q.shape
+    if tokens == 1:  # the queries of a group become one small matrix over their keys: twice as fast as enable_gqa
+        folded = q.reshape(batch, k.shape[1], -1, size)
+        y = F.scaled_dot_product_attention(folded, k, v, attn_mask=ctx.mask, dropout_p=dropout)
+        y = y.reshape(batch, heads, 1, size)
+    else:
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=ctx.mask, dropout_p=dropout, is_causal=ctx.causal, enable_gqa=heads != k.shape[1]
+        )
+    return y if ctx.alive is None else torch.where(ctx.alive, y, 0)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.dropout = layer, cfg.head_dim, cfg.dropout
+        q_size, kv_size = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+        biased = cfg.qkv_bias or cfg.bias
+        self.q_proj = nn.Linear(cfg.hidden_size, q_size, bias=biased)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=biased)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=biased)
+        self.o_proj = nn.Linear(q_size, cfg.hidden_size, bias=cfg.bias)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.qk_norm = cfg.qk_norm
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """[B, T, E] -> [B, T, E]"""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if ctx.cos is not None:
+            q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        if ctx.cache is not None:
+            k, v = ctx.cache.write(self.layer, k, v, ctx.starts)
+        y = attend(q, k, v, ctx, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gated = cfg.mlp == "swiglu"
+        if self.gated:
+            self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.bias)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.bias)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One pre-norm layer, both residual additions included."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = _norm(cfg)
+        self.self_attn = Attention(cfg, layer)
+        self.j = nn.LayerNorm(cfg.hidden_size, cfg.rms_norm_eps, bias=cfg.j_bias) if cfg.j_branch else None
+        self.post_attention_layernorm = _norm(cfg)
+        self.mlp = MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        normed = self.input_layernorm(x)
+        x = x + self.drop(self.self_attn(normed, ctx))
+        if self.j is not None:
+            x = x + self.j(normed)
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and the last norm: the part that Hugging Face calls `model`."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        if cfg.positions == "learned":
+            self.embed_positions = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers))
+        self.norm = _norm(cfg)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class Router(Protocol):
+    """Conditional compute: called in place of a layer, it decides which tokens the layer's block computes.
+
+    It returns the layer's output [B, T, E] and may add named, unweighted penalties and statistics (tensors) to the
+    two dictionaries. Its parameters are siblings of the decoder's, so they rename none of them.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        ctx: Context,
+        block: Callable[[Tensor, Context], Tensor],
+        penalties: dict[str, Tensor],
+        stats: dict[str, Tensor],
+    ) -> Tensor: ...
+
+
+class Output(NamedTuple):
+    hidden: Tensor  # [B, T, E], after the last norm
+    logits: Tensor | None  # fp32 [B, T, V]; with a cache [B, 1, V], each row's last token; None with targets
+    loss: Tensor | None  # summed over the targets
+    weight: Tensor | None  # how many targets there were
+    penalties: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg: ModelConfig, routers: dict[int, nn.Module] | None = None):
+        super().__init__()
+        self.cfg = cfg
+        self.model = Decoder(cfg)
+        # A tied head is the embedding itself: no second name, as in published tied files.
+        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.routers = nn.ModuleDict({str(layer): router for layer, router in (routers or {}).items()})
+        self.drop = nn.Dropout(cfg.dropout)
+        self.rope = Rope()
+        self.checkpoint_activations = False  # recompute each layer in the backward instead of keeping its activations
+        self.z_loss = False  # also return the summed squares of log Z as penalties["z_loss"]
+        init_weights(self)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        documents: Tensor | None = None,
+        attn_mask: Tensor | MaskRule | None = None,
+        allow_future: bool = False,
+    ) -> Output:
+        """Run tokens [B, T] and return logits, or with targets [B, T] (already shifted, -100: none) the summed loss.
+
+        lengths    how many of each row's T tokens are real; the rest is padding on the right
+        documents  [B, T] ids; tokens of different documents do not see each other, positions restart
+        attn_mask  who may look at whom, by absolute position: bool or additive, (B, S), (B, 1, 1, S), (B, 1, S, S),
+                   or a rule (row, query, key) -> bool. It restricts causality; with allow_future it replaces it
+        """
+        _require(tokens.dim() == 2, f"tokens: expected shape (B, T), got {tuple(tokens.shape)}")
+        ctx, counts = self._context(tokens, cache, lengths, documents, attn_mask, allow_future)
+        x = self.model.embed_tokens(tokens)
+        if self.cfg.positions == "learned":
+            x = x + self.model.embed_positions(ctx.positions)
+        x = self.drop(x)
+        penalties: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        for layer, block in enumerate(self.model.layers):
+            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False)
+            if str(layer) in self.routers:
+                x = self.routers[str(layer)](x, ctx, block, penalties, stats)
+            else:
+                x = block(x, ctx)
+        hidden = self.model.norm(x)
+        if cache is not None:
+            cache.advance(counts)
+        if targets is None:
+            return Output(hidden, self.logits(self._last(hidden, counts, cache)), None, None, penalties, stats)
+        if lengths is not None:
+            padding = torch.arange(tokens.shape[1], device=tokens.device) >= torch.tensor(counts)[:, None].to(
+                tokens.device
+            )
+            targets = targets.masked_fill(padding, IGNORE)
+        loss, square = self._summed_loss(hidden, targets)
+        if self.z_loss:
+            penalties["z_loss"] = square
+        return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., E] -> fp32 [..., V]"""
+        return F.linear(hidden, self.get_output_embeddings().weight).float()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
+        self.model.embed_tokens = embedding
+        self.cfg = replace(self.cfg, vocab_size=embedding.num_embeddings)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head or self.model.embed_tokens
+
+    @torch.no_grad()
+    def resize_vocab(self, vocab_size: int) -> None:
+        """Cut or extend embedding and head; a new row is the mean of the old ones, which no token stands out from."""
+        for owner, name in ((self.model, "embed_tokens"), (self, "lm_head")):
+            old = getattr(owner, name)
+            if old is None:
+                continue
+            kept = min(vocab_size, old.weight.shape[0])
+            weight = old.weight.mean(0, keepdim=True).repeat(vocab_size, 1)
+            weight[:kept] = old.weight[:kept]
+            old.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+            setattr(old, "num_embeddings" if name == "embed_tokens" else "out_features", vocab_size)
+        self.cfg = replace(self.cfg, vocab_size=vocab_size)
+
+    def _context(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None,
+        lengths: Sequence[int] | Tensor | None,
+        documents: Tensor | None,
+        attn_mask: Tensor | MaskRule | None,
+        allow_future: bool,
+    ) -> tuple[Context, list[int]]:
+        batch, count = tokens.shape
+        counts = [count] * batch if lengths is None else [int(n) for n in lengths]
+        _require(len(counts) == batch, f"lengths: expected {batch} of them, got {len(counts)}")
+        _require(all(0 <= n <= count for n in counts), f"lengths: expected 0 to {count}, got {counts}")
+        cached = [0] * batch
+        if cache is not None:
+            _require(not self.training, "a cache is for inference: call model.eval() first")
+            _require(documents is None, "documents and a cache cannot be combined: a request is one document")
+            _require(len(cache.lengths) == batch, f"the cache has {len(cache.lengths)} rows, the tokens {batch}")
+            cached = cache.lengths
+            cache.reserve(max(cached) + count)
+        reach = max(cached) + count
+        if self.cfg.positions == "learned":
+            table = self.cfg.max_position_embeddings
+            _require(reach <= table, f"{reach} tokens in a row, but max_position_embeddings is {table}")
+        positions, starts, causal, mask = _who_sees_whom(
+            batch, count, counts, cached, attn_mask, documents, allow_future, tokens.device
+        )
+        cos = sin = alive = None
+        if self.cfg.positions == "rope":
+            cos, sin = self.rope.tables(self.cfg, reach, cache.length if cache else reach, tokens.device)
+            cos, sin = cos[positions][:, None], sin[positions][:, None]
+        if mask is not None and (attn_mask is not None or allow_future):
+            # A query that may look at nothing looks at everything, and its output is then replaced by zeros: a softmax
+            # over nothing would be NaN, in the backward also for its neighbours.
+            alive = mask.any(-1, keepdim=True)
+            mask = mask | ~alive
+        return Context(positions, cos, sin, causal, mask, alive, cache, starts), counts
+
+    @staticmethod
+    def _last(hidden: Tensor, counts: Sequence[int], cache: KVCache | None) -> Tensor:
+        """All positions, but with a cache only each row's last real one: [B, 1, E]."""
+        if cache is None or hidden.shape[1] == 1:
+            return hidden
+        last = torch.tensor(counts, device=hidden.device) - 1
+        return hidden[torch.arange(len(last), device=hidden.device), last.clamp(min=0)][:, None]
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(summed cross-entropy, summed squares of log Z); at most LOGITS_PER_CHUNK logits exist at a time."""
+        _require(
+            targets.shape == hidden.shape[:2],
+            f"targets: expected {tuple(hidden.shape[:2])}, got {tuple(targets.shape)}",
+        )
+        rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
+        parts = list(zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            sums = [self._chunk_loss(*part) for part in parts]
+        else:  # the backward makes each chunk's logits once more
+            sums = [checkpoint(self._chunk_loss, *part, use_reentrant=False) for part in parts]
+        loss, square = zip(*sums, strict=True)
+        return sum(loss), sum(square)
+
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(hidden)
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        if not self.z_loss:
+            return loss, torch.zeros_like(loss)
+        log_z = torch.where(targets != IGNORE, logits.logsumexp(-1), 0.0)
+        return loss, log_z.square().sum()
+
+
+# --- initialisation ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def init_weights(model: GPT) -> None:
+    """Give every parameter of the decoder its first value.
+
+    | parameter                         | first value                                            |
+    | --------------------------------- | ------------------------------------------------------ |
+    | embeddings, head, q k v gate up   | normal, sigma = 0.02, cut at two sigma                 |
+    | o_proj, down_proj                 | the same with sigma / sqrt(2 L): 2 L of them add up    |
+    | j (LayerNorm of the third branch) | 0.02 / (2 L): its L outputs all point the residual's way |
+    | other norms                       | 1                                                      |
+    | biases                            | 0                                                      |
+    """
+    layers = model.cfg.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        if name.startswith("routers."):
+            continue  # a router initialises itself
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif ".j." in name:
+            parameter.fill_(INIT_STD / (2 * layers))
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            _truncated_normal(parameter, INIT_STD / math.sqrt(2 * layers) if residual else INIT_STD)
+
+
+def _truncated_normal(parameter: Tensor, std: float) -> None:
+    # Cut at two sigma, a normal keeps 0.8796 of its standard deviation: start wider, so that `std` comes out.
+    wide = std / 0.87962566103423978
+    nn.init.trunc_normal_(parameter, std=wide, a=-2 * wide, b=2 * wide)
+
+
+# --- choosing tokens --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request chooses its tokens. In this order, on fp32 logits: bans, repetition penalty, n-gram ban, minimum
+    length, then temperature, top-k, top-p and min-p. Greedy and beams use everything up to the minimum length."""
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0  # eos is banned before that
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # keep exactly k, equal ones by id; 0: off
+    top_p: float = 1.0  # the fewest tokens that together have at least this probability; 1: off
+    min_p: float = 0.0  # keep what has at least this share of the largest probability; 0: off
+    repetition_penalty: float = 1.0  # for ids already in the row: l / r if l >= 0, else l * r
+    no_repeat_ngram_size: int = 0  # ban what would complete an n-gram already in the row; 0: off
+    num_beams: int = 1
+    length_penalty: float = 1.0  # a beam's score is its summed log p / length**this
+    early_stopping: bool | Literal["never"] = False
+    overflow: Literal["error", "stop", "slide"] = "error"  # when prompt and new tokens exceed the context
+    eos: int | Iterable[int] | None = ()  # ids that end a row
+    banned: Iterable[int] = ()  # ids that are never chosen, such as padding of the vocabulary
+    stop: Sequence[str] = ()  # strings that end a row
+    seed: int | None = None  # None: drawn from torch's generator
+
+    def __post_init__(self) -> None:
+        eos = () if self.eos is None else (self.eos,) if isinstance(self.eos, int) else tuple(self.eos)
+        object.__setattr__(self, "eos", eos)
+        object.__setattr__(self, "banned", tuple(self.banned))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram_size", "temperature", "top_p"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}: expected >= 0, got {value}")  # a NaN fails every comparison
+        _require(math.isfinite(self.temperature), f"temperature: expected a finite number, got {self.temperature}")
+        _require(0 <= self.min_p <= 1, f"min_p: expected 0 to 1, got {self.min_p}")
+        _require(
+            0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty: expected > 0, got {self.repetition_penalty}",
+        )
+        _require(self.num_beams >= 1, f"num_beams: expected >= 1, got {self.num_beams}")
+        _require(math.isfinite(self.length_penalty), f"length_penalty: expected a number, got {self.length_penalty}")
+        _require(
+            self.early_stopping in (True, False, "never"),
+            f"early_stopping: expected true, false or never, got {self.early_stopping!r}",
+        )
+        policies = ("error", "stop", "slide")
+        _require(self.overflow in policies, f"overflow: expected one of {policies}, got {self.overflow!r}")
+        _require("" not in self.stop, "stop: expected strings of at least one character")
+
+
+def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, how: Sampling) -> Tensor:
+    """Logits [B, V] -> fp32 [B, V] after bans, repetition penalty, n-gram ban and minimum length.
+
+    `rows` are the ids of each row so far, prompt included, of which `new_tokens` are generated.
+    """
+    logits = logits.float()
+    logits = logits.masked_fill(logits.isnan(), -math.inf)
+    if how.banned:
+        logits = logits.index_fill(1, torch.tensor(how.banned, device=logits.device), -math.inf)
+    if how.repetition_penalty != 1.0:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for row, ids in enumerate(rows):
+            seen[row, torch.tensor(ids, device=logits.device)] = True
+        r = how.repetition_penalty
+        logits = torch.where(seen, torch.where(logits < 0, logits * r, logits / r), logits)
+    if how.no_repeat_ngram_size:
+        for row, ids in enumerate(rows):
+            completes = _completions_of_seen_ngrams(ids, how.no_repeat_ngram_size, logits.device)
+            logits[row] = logits[row].index_fill(0, completes, -math.inf)
+    if how.eos and new_tokens < how.min_new_tokens:
+        logits = logits.index_fill(1, torch.tensor(how.eos, device=logits.device), -math.inf)
+    return logits
+
+
+def _completions_of_seen_ngrams(ids: Sequence[int], n: int, device: torch.device) -> Tensor:
+    """Every id that followed, somewhere in the row, the n - 1 ids with which the row ends."""
+    row = torch.tensor(ids, device=device)
+    if len(row) < n:
+        return row[:0]
+    windows = row.unfold(0, n, 1)  # [len - n + 1, n]
+    return windows[(windows[:, :-1] == row[len(row) - n + 1 :]).all(dim=1), -1]
+
+
+def filter_logits(
+    logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, V] -> (probabilities [B, M], ids [B, M]), most probable first, 0 for what the filters drop.
+
+    Equal logits are ordered by id. At least one token of each row keeps a probability above 0.
+    """
+    logits = logits.float().clamp(max=torch.finfo(torch.float32).max)
+    ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    if 0 < top_k < logits.shape[-1]:
+        ids = _top_k_ids(logits, top_k)
+    logits, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    # Sums of 150,000 fp32 probabilities are off in the fifth digit; Apple GPUs have nothing wider.
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    below_best = (logits - logits[:, :1].clamp(min=torch.finfo(torch.float32).min)).to(wide)
+    below_best[:, 0] = 0  # also where everything is banned
+    probs = (below_best / temperature).softmax(dim=-1)
+    before = probs.cumsum(-1) - probs  # probability of everything ahead of a token
+    keep = probs >= min_p * probs[:, :1]
+    if top_p < 1:
+        keep &= before < top_p
+    keep[:, 0] = True
+    probs = torch.where(keep, probs, 0)
+    return probs / probs.sum(-1, keepdim=True), ids
+
+
+def _top_k_ids(logits: Tensor, k: int) -> Tensor:
+    """Ids [B, k] of the k largest, ascending; of equal ones the smaller ids. torch.topk alone picks any of them."""
+    threshold = logits.topk(k, dim=-1).values[:, -1:]
+    above, equal = logits > threshold, logits == threshold
+    room = k - above.sum(-1, keepdim=True)
+    keep = above | (equal & (equal.cumsum(-1) <= room))
+    return keep.nonzero()[:, 1].view(-1, k)
+
+
+def sample(logits: Tensor, uniform: Tensor | None = None, **filters: Any) -> Tensor:
+    """Logits [B, V] -> one id a row [B]. `uniform` [B] holds a number in [0, 1) for each row; None draws them.
+
+    Temperature 0, and a row in which everything is banned, take the largest logit, of equal ones the smallest id.
+    """
+    if filters.get("temperature", 1.0) == 0:
+        return logits.float().argmax(dim=-1)
+    probs, ids = filter_logits(logits, **filters)
+    if uniform is None:
+        uniform = torch.rand(len(logits), dtype=torch.float64)
+    cumulative = probs.cumsum(-1)
+    target = uniform.to(probs)[:, None] * cumulative[:, -1:]
+    last = (probs > 0).sum(-1, keepdim=True) - 1  # rounding may carry the target past the end
+    choice = torch.searchsorted(cumulative, target, right=True).minimum(last)
+    return ids.gather(-1, choice)[:, 0]
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    """One new token of one row."""
+
+    row: int
+    token: int
+    finish: Literal["eos", "stop", "length", "context"] | None  # why the row ends with it
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Tensor, list[int]]:
+    """Rows of different lengths -> (ids [B, longest], filled up on the right with `pad`; their lengths)."""
+    lengths = [len(row) for row in rows]
+    padded = torch.full((len(rows), max(lengths)), pad, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return padded.to(device), lengths
+
+
+class _Request:
+    """What a request keeps between its steps: the cache of its rows, and the prompt that each row came from."""
+
+    def __init__(
+        self,
+        model: GPT,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        attn_mask: Tensor | MaskRule | None,
+        cache_dtype: torch.dtype | None,
+        use_cache: bool,
+    ):
+        self.model, self.attn_mask = model, attn_mask
+        self.origin = list(range(len(prompts)))
+        longest = max(map(len, prompts)) + how.max_new_tokens
+        self.cache_args = (cache_dtype, min(longest, model.cfg.context))
+        self.cache = self._fresh_cache() if use_cache else None
+
+    def _fresh_cache(self) -> KVCache:
+        return KVCache(self.model.cfg, len(self.origin), *self.cache_args)
+
+    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """fp32 [B, V] for the token after each row. Only what the cache has not seen is fed to the model."""
+        seen = [0] * len(rows) if self.cache is None else self.cache.lengths
+        tokens, lengths = pad_rows(
+            [row[start:] for row, start in zip(rows, seen, strict=True)],
+            device=self.model.get_input_embeddings().weight.device,
+        )
+        out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=self._mask())
+        logits = out.logits[:, -1]
+        if self.cache is None:
+            logits = out.logits[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+        if not torch.isfinite(logits).any(dim=-1).all():
+            raise FloatingPointError("the model gave a row without a single finite logit")
+        return logits
+
+    def _mask(self) -> Tensor | MaskRule | None:
+        if self.attn_mask is None or self.origin == list(range(len(self.origin))):
+            return self.attn_mask
+        if callable(self.attn_mask):
+            origin = torch.tensor(self.origin)
+            return lambda row, query, key: self.attn_mask(origin.to(row.device)[row], query, key)
+        return self.attn_mask if len(self.attn_mask) == 1 else self.attn_mask[self.origin]
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.origin = [self.origin[row] for row in rows]
+        if self.cache is not None:
+            self.cache.select(rows)
+
+    def restart(self) -> None:
+        if self.cache is not None:
+            self.cache = self._fresh_cache()
+
+
+def _checked_prompts(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, how: Sampling) -> list[list[int]]:
+    rows = [[int(i) for i in row] for row in prompts]
+    _require(len(rows) > 0, "prompts: expected at least one")
+    context, vocab = model.cfg.context, model.cfg.vocab_size
+    for index, row in enumerate(rows):
+        _require(len(row) > 0, f"prompt {index}: expected at least one token, got none")
+        _require(min(row) >= 0 and max(row) < vocab, f"prompt {index}: expected ids below {vocab}, got {max(row)}")
+        if how.max_new_tokens and how.overflow != "slide":
+            needed = len(row) + (how.max_new_tokens if how.overflow == "error" else 1)
+            _require(
+                needed <= context,
+                f"prompt {index}: {len(row)} tokens and {how.max_new_tokens} new ones exceed the context of {context}",
+            )
+    return rows
+
+
+def _streams(rows: Sequence[Sequence[int]], seed: int | None) -> list[random.Random]:
+    """A source of random numbers for each row that depends on the seed, and among equal prompts on their order: so a
+    row gets the same text alone and in any batch, and a prompt given twice gets two."""
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    earlier: dict[tuple[int, ...], int] = {}
+    streams = []
+    for row in map(tuple, rows):
+        streams.append(random.Random(f"{seed}/{earlier.setdefault(row, 0)}"))
+        earlier[row] += 1
+    return streams
+
+
+@torch.no_grad()
+def stream(
+    model: GPT,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    *,
+    decode: Callable[[list[int]], str] | None = None,
+    attn_mask: Tensor | MaskRule | None = None,
+    cache_dtype: torch.dtype | None = None,
+    use_cache: bool = True,
+    **params: Any,
+) -> Iterator[Event]:
+    """Yield an Event for every new token, step by step, row by row. `params` are the fields of Sampling.
+
+    decode     ids -> text; stop strings need it. The tokens of a stop string are yielded too; `generate` cuts them
+    attn_mask  as in GPT.forward; it must cover prompt and new tokens
+    use_cache  False recomputes the whole row for every token: the slow twin
+    """
+    how = Sampling(**params)
+    _require(how.num_beams == 1, "beams cannot be streamed: a beam may still lose to another")
+    _require(decode is not None or not how.stop, "stop strings need decode=")
+    _require(attn_mask is None or how.overflow != "slide", "overflow: slide moves positions under a custom attn_mask")
+    rows = _checked_prompts(model, prompts, how)
+    was_training = model.training
+    model.eval()
+    try:
+        yield from _stream(model, rows, how, decode, _Request(model, rows, how, attn_mask, cache_dtype, use_cache))
+    finally:
+        model.train(was_training)
+
+
+def _stream(
+    model: GPT, rows: list[list[int]], how: Sampling, decode: Callable | None, request: _Request
+) -> Iterator[Event]:
+    filters = {name: getattr(how, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    streams, prompt_lengths = _streams(rows, how.seed), [len(row) for row in rows]
+    context, window_starts = model.cfg.context, [0] * len(rows)
+    if how.overflow == "slide":
+        window_starts = [0 if len(row) <= context else len(row) - context // 2 for row in rows]
+    alive = list(range(len(rows)))
+    for step in range(how.max_new_tokens):
+        logits = request.logits([rows[row][window_starts[row] :] for row in alive])
+        logits = penalise(logits, [rows[row] for row in alive], step, how)
+        uniform = torch.tensor([streams[row].random() for row in alive], dtype=torch.float64)
+        finished = []
+        for place, (row, token) in enumerate(zip(alive, sample(logits, uniform, **filters).tolist(), strict=True)):
+            rows[row].append(token)
+            finish = _finish(rows[row], prompt_lengths[row], how, context, decode)
+            if finish:
+                finished.append(place)
+            yield Event(row, token, finish)
+        if finished:
+            kept = [place for place in range(len(alive)) if place not in finished]
+            alive = [alive[place] for place in kept]
+            if not alive:
+                return
+            request.select(kept)
+        full = [row for row in alive if len(rows[row]) - window_starts[row] > context]
+        if full:  # only with overflow: slide. The last half of the full windows goes on, read once more from position 0
+            for row in full:
+                window_starts[row] = len(rows[row]) - context // 2
+            request.restart()
+
+
+def _finish(row: list[int], prompt_length: int, how: Sampling, context: int, decode: Callable | None) -> str | None:
+    new_tokens = len(row) - prompt_length
+    if row[-1] in how.eos:
+        return "eos"
+    if how.stop:
+        # A stop string that ends with this token lies within as many tokens as it has bytes, each token having one.
+        reach = max(len(stop.encode()) for stop in how.stop) + 1
+        tail = decode(row[-min(reach, new_tokens) :])
+        if any(stop in tail for stop in how.stop):
+            return "stop"
+    if new_tokens == how.max_new_tokens:
+        return "length"
+    return "context" if how.overflow == "stop" and len(row) >= context else None
+
+
+def generate(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, **params: Any) -> list[list[int]]:
+    """Rows of ids, prompt and continuation, each of its own length (`pad_rows` makes a tensor of them).
+
+    Takes what `stream` takes. With num_beams > 1 the best beam of each row. eos is part of a row, a stop string is not.
+    """
+    rows = [[int(i) for i in row] for row in prompts]
+    if params.get("num_beams", 1) > 1:
+        return [beams[0].ids for beams in beam_search(model, rows, **params)]
+    prompt_lengths = [len(row) for row in rows]
+    for event in stream(model, rows, **params):
+        rows[event.row].append(event.token)
+        if event.finish == "stop":
+            how, start = Sampling(**_sampling_only(params)), prompt_lengths[event.row]
+            rows[event.row][start:] = _without_stop(rows[event.row][start:], how.stop, params["decode"])
+    return rows
+
+
+def _sampling_only(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if name in Sampling.__dataclass_fields__}
+
+
+def _without_stop(ids: list[int], stop: Sequence[str], decode: Callable[[list[int]], str]) -> list[int]:
+    """The longest run of tokens whose text ends before the first stop string begins."""
+    text = decode(ids)
+    begin = min(text.index(string) for string in stop if string in text)
+    kept = len(ids)
+    while kept and len(decode(ids[:kept])) > begin:
+        kept -= 1
+    return ids[:kept]
+
+
+class Beam(NamedTuple):
+    ids: list[int]  # prompt and continuation
+    score: float  # summed log p of the continuation / its length ** length_penalty
+
+
+class _Pool:
+    """The best finished hypotheses of one row."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.beams: list[Beam] = []
+
+    def add(self, beam: Beam) -> None:
+        self.beams = sorted([*self.beams, beam], key=lambda beam: -beam.score)[: self.size]
+
+    @property
+    def full(self) -> bool:
+        return len(self.beams) == self.size
+
+
+@torch.no_grad()
+def beam_search(
+    model: GPT,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    *,
+    attn_mask: Tensor | MaskRule | None = None,
+    cache_dtype: torch.dtype | None = None,
+    use_cache: bool = True,
+    **params: Any,
+) -> list[list[Beam]]:
+    """The finished hypotheses of each prompt, best first. `params` are the fields of Sampling.
+
+    Each step looks at the best candidates over beams x vocabulary: so many that `num_beams` of them can go on even if
+    the rest are eos. A candidate that ends (by eos or by length) is pooled if it ranks within the first `num_beams`.
+    """
+    how = Sampling(**params)
+    _require(not how.stop, "stop strings and beams cannot be combined")
+    _require(how.overflow != "slide", "overflow: slide and beams cannot be combined")
+    prompts = _checked_prompts(model, prompts, how)
+    was_training = model.training
+    model.eval()
+    try:
+        request = _Request(model, prompts, how, attn_mask, cache_dtype, use_cache)
+        return _beam_search(model, prompts, how, request)
+    finally:
+        model.train(was_training)
+
+
+def _beam_search(model: GPT, prompts: list[list[int]], how: Sampling, request: _Request) -> list[list[Beam]]:
+    width = how.num_beams
+    limits = [min(how.max_new_tokens, model.cfg.context - len(prompt)) for prompt in prompts]
+    pools = [_Pool(width) for _ in prompts]
+    running = [[Beam(prompt, 0.0)] for prompt in prompts]  # scores here are plain sums of log p
+    alive = [row for row, limit in enumerate(limits) if limit > 0]
+    for step in range(max(limits)):
+        if not alive:
+            break
+        beams = [beam for row in alive for beam in running[row]]
+        logits = penalise(request.logits([beam.ids for beam in beams]), [beam.ids for beam in beams], step, how)
+        log_p = logits.log_softmax(dim=-1)
+        parents, place = [], 0
+        for row in alive:
+            count = len(running[row])
+            candidates = _best_candidates(log_p[place : place + count], running[row], how)
+            last = step + 1 == limits[row]
+            running[row], chosen = _advance(running[row], candidates, pools[row], how, step + 1, last)
+            if not running[row] or _decided(running[row], pools[row], how, step + 1, limits[row]):
+                running[row] = []
+            else:
+                parents += [place + parent for parent in chosen]
+            place += count
+        alive = [row for row in alive if running[row]]
+        if alive:
+            request.select(parents)
+    return [pool.beams or [Beam(prompt, 0.0)] for pool, prompt in zip(pools, prompts, strict=True)]
+
+
+def _best_candidates(log_p: Tensor, beams: list[Beam], how: Sampling) -> list[tuple[float, int, int]]:
+    """(summed log p, beam, token), best first, of log_p [beams, V]."""
+    totals = log_p + torch.tensor([beam.score for beam in beams], device=log_p.device)[:, None]
+    count = max(2, 1 + len(how.eos)) * how.num_beams
+    scores, flat = totals.flatten().topk(min(count, totals.numel()))
+    vocab = log_p.shape[1]
+    ranked = zip(scores.tolist(), flat.tolist(), strict=True)
+    return [(score, index // vocab, index % vocab) for score, index in ranked if score > -math.inf]
+
+
+def _advance(
+    beams: list[Beam], candidates: list[tuple[float, int, int]], pool: _Pool, how: Sampling, length: int, last: bool
+) -> tuple[list[Beam], list[int]]:
+    """Move the candidates that end to the pool; return the beams that go on and the places of their parents."""
+    onward, parents = [], []
+    for rank, (score, parent, token) in enumerate(candidates):
+        ids = [*beams[parent].ids, token]
+        if last or token in how.eos:
+            if rank < how.num_beams:
+                pool.add(Beam(ids, score / length**how.length_penalty))
+        elif len(onward) < how.num_beams:
+            onward.append(Beam(ids, score))
+            parents.append(parent)
+    return onward, parents
+
+
+def _decided(beams: list[Beam], pool: _Pool, how: Sampling, length: int, limit: int) -> bool:
+    """Whether a row can stop: its pool is full, and no running beam is expected to beat the worst in it."""
+    if not pool.full:
+        return False
+    if how.early_stopping is True:
+        return True
+    reach = limit if how.early_stopping == "never" and how.length_penalty > 0 else length
+    return beams[0].score / reach**how.length_penalty <= pool.beams[-1].score
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int, *, causal: bool = True, training: bool = True) -> float:
+    """Floating-point operations for one token of a row of `seq_len`: matrix products only, two a multiply-add.
+
+    causal    count the half of the attention scores that causality needs; False counts all seq_len x seq_len
+    training  forward and backward (three times the forward)
+    """
+    q_size, kv_size = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    projections = cfg.hidden_size * (2 * q_size + 2 * kv_size)
+    mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.hidden_size * cfg.intermediate_size
+    scores = 2 * q_size * ((seq_len + 1) / 2 if causal else seq_len)  # q k and p v
+    forward = 2 * (cfg.num_hidden_layers * (projections + mlp + scores) + cfg.hidden_size * cfg.vocab_size)
+    return forward * (3 if training else 1)
