@@ -117,10 +117,11 @@ class ModelConfig:
                 hidden % heads == 0,
                 f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) unless head_dim is given",
             )
-            object.__setattr__(self, "head_dim", hidden // heads)
-        _require(self.head_dim > 0, f"head_dim: expected > 0, got {self.head_dim}")
+        _require(self.head_dim is None or self.head_dim > 0, f"head_dim: expected > 0, got {self.head_dim}")
         if self.positions == "rope":
-            _require(self.head_dim % 2 == 0, f"head_dim: expected an even number for rotary pairs, got {self.head_dim}")
+            _require(
+                self.head_size % 2 == 0, f"head_dim: expected an even number for rotary pairs, got {self.head_size}"
+            )
         else:
             _require(self.rope_scaling is None, "rope_scaling: expected null with positions: learned")
         _require(self.rope_theta > 0, f"rope_theta: expected > 0, got {self.rope_theta}")
@@ -133,6 +134,10 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             _require(value in kinds, f"{name}: expected one of {kinds}, got {value!r}")
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def original_context(self) -> int:
@@ -152,15 +157,15 @@ class ModelConfig:
 
 def _yarn_ramp(cfg: ModelConfig, scaling: RopeScaling) -> Tensor:
     """[D/2], 0 where a dimension keeps its frequency and 1 where it is interpolated (arXiv 2309.00071, section 3.2)."""
-    half, base = cfg.head_dim // 2, cfg.rope_theta
+    half, base = cfg.head_size // 2, cfg.rope_theta
 
     def dimension_that_turns(times: float) -> float:
-        return cfg.head_dim * math.log(cfg.original_context / (times * 2 * math.pi)) / (2 * math.log(base))
+        return cfg.head_size * math.log(cfg.original_context / (times * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = dimension_that_turns(scaling.beta_fast), dimension_that_turns(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, cfg.head_dim - 1)
+    low, high = max(low, 0), min(high, cfg.head_size - 1)
     width = high - low or 0.001
     return ((torch.arange(half, dtype=torch.float64) - low) / width).clamp(0, 1)
 
@@ -178,7 +183,7 @@ def _yarn_magnitude(scaling: RopeScaling) -> float:
 
 def rope_frequencies(cfg: ModelConfig, length: int) -> tuple[Tensor, float]:
     """([D/2] radians per position in fp64, factor on cos and sin) for a request of `length` positions."""
-    pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
+    pairs = torch.arange(0, cfg.head_size, 2, dtype=torch.float64) / cfg.head_size
     plain = cfg.rope_theta**-pairs
     scaling = cfg.rope_scaling
     if scaling is None or scaling.factor == 1.0:  # a factor of 1 changes nothing, to the last bit
@@ -188,7 +193,7 @@ def rope_frequencies(cfg: ModelConfig, length: int) -> tuple[Tensor, float]:
         return plain / scaling.factor, 1.0
     if scaling.rope_type == "dynamic":
         stretch = max(scaling.factor * length / cfg.original_context - (scaling.factor - 1), 1.0)
-        return (cfg.rope_theta * stretch ** (cfg.head_dim / (cfg.head_dim - 2))) ** -pairs, 1.0
+        return (cfg.rope_theta * stretch ** (cfg.head_size / (cfg.head_size - 2))) ** -pairs, 1.0
     if scaling.rope_type == "yarn":
         ramp = _yarn_ramp(cfg, scaling)
         return plain / scaling.factor * ramp + plain * (1 - ramp), _yarn_magnitude(scaling)
@@ -217,7 +222,7 @@ class Rope:
         """cos and sin [>= positions, D/2] for a request that will be `length` positions long."""
         dynamic = cfg.rope_scaling is not None and cfg.rope_scaling.rope_type == "dynamic"
         stretched = max(length, cfg.original_context) if dynamic else 0  # the only rule that looks at the request
-        made_for = (cfg.rope_theta, cfg.rope_scaling, cfg.head_dim, cfg.original_context, stretched, device)
+        made_for = (cfg.rope_theta, cfg.rope_scaling, cfg.head_size, cfg.original_context, stretched, device)
         held = len(self._tables[0]) if self._tables else 0
         if made_for != self._made_for or positions > held:
             size = max(held, 1 << (positions - 1).bit_length())
@@ -458,22 +463,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context, dropout: float) -> Ten
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.dropout = layer, cfg.head_dim, cfg.dropout
-        q_size, kv_size = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+        self.layer, self.head_size, self.dropout = layer, cfg.head_size, cfg.dropout
+        q_size, kv_size = cfg.num_attention_heads * cfg.head_size, cfg.num_key_value_heads * cfg.head_size
         biased = cfg.qkv_bias or cfg.bias
         self.q_proj = nn.Linear(cfg.hidden_size, q_size, bias=biased)
         self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=biased)
         self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=biased)
         self.o_proj = nn.Linear(q_size, cfg.hidden_size, bias=cfg.bias)
         if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
-            self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+            self.q_norm = RMSNorm(cfg.head_size, cfg.rms_norm_eps)
+            self.k_norm = RMSNorm(cfg.head_size, cfg.rms_norm_eps)
         self.qk_norm = cfg.qk_norm
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """[B, T, E] -> [B, T, E]"""
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            project(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
@@ -970,19 +975,24 @@ class _Request:
             self.cache = self._fresh_cache()
 
 
+class RequestError(ValueError):
+    """A prompt that this model cannot continue as asked."""
+
+
 def _checked_prompts(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, how: Sampling) -> list[list[int]]:
     rows = [[int(i) for i in row] for row in prompts]
-    _require(len(rows) > 0, "prompts: expected at least one")
+    if not rows:
+        raise RequestError("prompts: expected at least one")
     context, vocab = model.cfg.context, model.cfg.vocab_size
-    for index, row in enumerate(rows):
-        _require(len(row) > 0, f"prompt {index}: expected at least one token, got none")
-        _require(min(row) >= 0 and max(row) < vocab, f"prompt {index}: expected ids below {vocab}, got {max(row)}")
-        if how.max_new_tokens and how.overflow != "slide":
-            needed = len(row) + (how.max_new_tokens if how.overflow == "error" else 1)
-            _require(
-                needed <= context,
-                f"prompt {index}: {len(row)} tokens and {how.max_new_tokens} new ones exceed the context of {context}",
-            )
+    for index, row in enumerate(rows, start=1):
+        if not row:
+            raise RequestError(f"prompt {index}: expected at least one token, got none")
+        if min(row) < 0 or max(row) >= vocab:
+            raise RequestError(f"prompt {index}: expected ids of 0 to {vocab - 1}, got {min(row)} to {max(row)}")
+        needed = len(row) + {"error": how.max_new_tokens, "stop": min(1, how.max_new_tokens), "slide": 0}[how.overflow]
+        if needed > context and how.overflow != "slide" and how.max_new_tokens:
+            asked = f"{len(row)} tokens and {how.max_new_tokens} new ones"
+            raise RequestError(f"prompt {index}: {asked} exceed the context of {context} (see overflow)")
     return rows
 
 
@@ -1230,7 +1240,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, *, causal: bool = True, trai
     causal    count the half of the attention scores that causality needs; False counts all seq_len x seq_len
     training  forward and backward (three times the forward)
     """
-    q_size, kv_size = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    q_size, kv_size = cfg.num_attention_heads * cfg.head_size, cfg.num_key_value_heads * cfg.head_size
     projections = cfg.hidden_size * (2 * q_size + 2 * kv_size)
     mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.hidden_size * cfg.intermediate_size
     scores = 2 * q_size * ((seq_len + 1) / 2 if causal else seq_len)  # q k and p v

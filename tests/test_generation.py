@@ -210,7 +210,7 @@ def test_g03_repetition_penalty_has_its_closed_form():
 
 def test_g04_penalties_come_before_the_filters():
     gpt = Markov(torch.tensor([[5.0, 4.0, 0.0], [5.0, 4.0, 0.0], [5.0, 4.0, 0.0]]))
-    # Token 0 is seen, its logit 5 / 2 falls behind 4: top-1 of the penalised logits is token 1, whatever the temperature.
+    # Token 0 is seen and its logit of 5 / 2 falls behind 4: top-1 is then token 1, whatever the temperature.
     for temperature in (0.0, 1.0, 0.3):
         got = generate(gpt, [[0]], max_new_tokens=1, repetition_penalty=2.0, top_k=1, temperature=temperature)
         assert got == [[0, 1]]
@@ -331,9 +331,9 @@ def test_prompts_may_be_a_tensor_and_must_not_be_empty():
     )
     for wrong, said in (
         ([], "at least one"),
-        ([[1], []], "prompt 1.*at least one token"),
-        ([[97]], "below 97, got 97"),
-        ([[-1]], "below"),
+        ([[1], []], "prompt 2.*at least one token"),
+        ([[97]], "ids of 0 to 96, got 97"),
+        ([[-1]], "ids of 0 to 96, got -1"),
     ):
         with pytest.raises(ValueError, match=said):
             greedy(gpt, wrong, max_new_tokens=2)
@@ -386,7 +386,7 @@ def test_g10_overflow_policies():
     gpt = tiny.model(max_position_embeddings=16)
     short, long = prompt(4), prompt(12, 1)
     for params in ({}, {"num_beams": 2}):
-        with pytest.raises(ValueError, match="prompt 1: 12 tokens and 8 new ones exceed the context of 16"):
+        with pytest.raises(ValueError, match="prompt 2: 12 tokens and 8 new ones exceed the context of 16"):
             generate(gpt, [short, long], max_new_tokens=8, **params)
     got = greedy(gpt, [short, long], max_new_tokens=8, overflow="stop")
     assert [len(row) for row in got] == [12, 16]
@@ -394,7 +394,7 @@ def test_g10_overflow_policies():
         12,
         16,
     ]
-    with pytest.raises(ValueError, match="prompt 0: 16 tokens"):
+    with pytest.raises(ValueError, match="prompt 1: 16 tokens"):
         greedy(gpt, [prompt(16)], max_new_tokens=1, overflow="stop")
     with pytest.raises(ValueError, match="slide and beams"):
         generate(gpt, [short], num_beams=2, overflow="slide")
@@ -487,7 +487,9 @@ def test_g17_every_parameter_changes_the_output(name: str):
     if name == "repetition_penalty":
         base["temperature"] = 0.0
     if name in ("num_beams", "length_penalty", "early_stopping"):
-        base = {"max_new_tokens": 10, "temperature": 0.0, "eos": range(0, 97, 8)} | ({"num_beams": 3} if name != "num_beams" else {})
+        base = {"max_new_tokens": 10, "temperature": 0.0, "eos": range(0, 97, 8)} | (
+            {"num_beams": 3} if name != "num_beams" else {}
+        )
     if name == "early_stopping":
         base["length_penalty"] = 2.0
     prompts = [prompt(4, seed) for seed in range(12)] if name in ("early_stopping", "length_penalty") else [prompt(4)]

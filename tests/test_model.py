@@ -437,9 +437,11 @@ def test_a20_no_cache_outside_a_request():
         gpt(tokens(), tokens())
     model_module.generate(gpt, [[1, 2], [3]], max_new_tokens=3)
     assert caches_alive() == []
+    events = model_module.stream(gpt, [[1, 2]], max_new_tokens=3)
+    next(events)
     with pytest.raises(ZeroDivisionError):
-        for _ in model_module.stream(gpt, [[1, 2]], max_new_tokens=3):
-            raise ZeroDivisionError
+        events.throw(ZeroDivisionError())
+    del events
     assert caches_alive() == []
 
 
@@ -660,7 +662,7 @@ def test_n04_norms_rotation_and_logits_are_fp32_inside(dtype: torch.dtype):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_k01_impossible_shapes_are_refused_by_name_and_value(wrong: dict, said: list[str]):
-    with pytest.raises(ValueError, match=".") as refusal:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011, all parts are checked below
         tiny.config(**wrong)
     assert all(part in str(refusal.value) for part in said)
 
@@ -670,7 +672,7 @@ def test_k01_impossible_shapes_are_refused_by_name_and_value(wrong: dict, said: 
     [{"rope_type": "ntk"}, {"rope_type": "yarn", "factor": 0.5}, {"rope_type": "llama3", "low_freq_factor": 9.0}],
 )
 def test_k01_impossible_scalings(wrong: dict):
-    with pytest.raises(ValueError, match="rope_type|factor"):
+    with pytest.raises(ValueError, match=r"rope_type|factor"):
         RopeScaling(**wrong)
 
 
@@ -784,19 +786,17 @@ def test_n02_the_residual_stream_grows_little_over_64_layers(name: str):
     assert norms[-1] <= 3 * start.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "mqa", "wide-heads"])
-def test_flops_are_those_that_torch_counts(name: str, causal: bool):
+def test_flops_are_those_that_torch_counts(name: str):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    gpt = tiny.model(name, num_hidden_layers=2)
-    with FlopCounterMode(display=False) as counter:
+    gpt = tiny.model(name)
+    # The unfused kernel, because torch counts no attention in the CPU's fused one; it computes all T x T scores.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         gpt(tokens(1)).logits.sum().backward()
-    counted = counter.get_total_flops() / T
-    ours = model_module.flops_per_token(gpt.cfg, T, causal=causal)
-    scores = 2 * 2 * gpt.cfg.num_attention_heads * gpt.cfg.head_dim * gpt.cfg.num_hidden_layers
-    if causal:  # torch counts all T x T scores
-        ours += 3 * scores * (T - (T + 1) / 2)
-    # torch counts the scores once more in the backward of the fused kernel, which recomputes them
-    assert abs(counted - ours) <= scores * T / 2 + 1e-6
-    assert model_module.flops_per_token(gpt.cfg, T, training=False) * 3 == model_module.flops_per_token(gpt.cfg, T)
+    assert counter.get_total_flops() / T == model_module.flops_per_token(gpt.cfg, T, causal=False)
+    halves = [model_module.flops_per_token(gpt.cfg, T, causal=causal, training=False) for causal in (True, False)]
+    scores = 4 * gpt.cfg.num_attention_heads * gpt.cfg.head_size * gpt.cfg.num_hidden_layers
+    assert halves[1] - halves[0] == scores * (T - (T + 1) / 2)  # query t needs t + 1 keys: (T + 1) / 2 on average
+    assert 3 * halves[0] == model_module.flops_per_token(gpt.cfg, T)

@@ -1,0 +1,625 @@
+"""Weights on disk: published folders in, folders that every other tool loads out.
+
+    python checkpoint.py parity SOURCE           compare a source with transformers: logits, greedy text, tokenizer
+    python checkpoint.py export SOURCE FOLDER    write a folder that AutoModelForCausalLM and AutoTokenizer load
+
+A SOURCE is a Hugging Face folder (one file or sharded), a checkpoint or run folder of this project, or a hub id.
+Weights are safetensors; a pickle is read only through torch's `weights_only=True`, which runs no code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import run_script
+from data import DataError, Tokenizer, load_tokenizer
+from model import GPT, ModelConfig, RopeScaling, generate
+
+READ_BYTES = 2**26  # weights are read in pieces of this size (64 MiB), so that a load needs little more than the model
+SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
+OWN_TYPE = "nanoqwen"  # model_type of shapes that transformers has no class for
+
+
+class CheckpointError(Exception):
+    exit_code = 4
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+# Fields that have the same name and meaning in the config.json of Qwen2, Qwen3 and Llama.
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+_ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+# What transformers assumes where a config.json is silent, per model type; only what our fields read.
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    "qwen3": {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2_048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+}
+
+
+def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """A ModelConfig from the contents of a config.json; a shape that we would compute differently is refused."""
+    kind = hf.get("model_type")
+    try:
+        if kind == OWN_TYPE:
+            return _own_config(hf)
+        if kind == "gpt2":
+            return _config_from_gpt2(hf)
+        if kind in _HF_DEFAULTS:
+            return _config_from_llama_family(kind, {**_HF_DEFAULTS[kind], **hf})
+    except KeyError as error:
+        raise CheckpointError(f"config.json: missing key {error.args[0]!r}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: {error}") from None
+    known = ", ".join([*_ARCHITECTURES, OWN_TYPE])
+    raise CheckpointError(f"config.json: model_type: expected one of {known}, got {kind!r}")
+
+
+def _own_config(hf: dict[str, Any]) -> ModelConfig:
+    values = {f.name: hf[f.name] for f in fields(ModelConfig)}
+    if values["rope_scaling"]:
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    return ModelConfig(**values)
+
+
+def _expect(hf: dict[str, Any], **expected: Any) -> None:
+    """Refuse settings that would change the arithmetic in ways we do not compute. Absent or null means the default."""
+    for key, value in expected.items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        if hf.get(key) is not None and hf[key] not in allowed:
+            raise CheckpointError(f"config.json: {key}: expected {' or '.join(map(repr, allowed))}, got {hf[key]!r}")
+
+
+def _config_from_llama_family(kind: str, hf: dict[str, Any]) -> ModelConfig:
+    _expect(hf, hidden_act=("silu", "swish"), use_sliding_window=False, partial_rotary_factor=1.0)
+    if set(hf.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise CheckpointError(f"config.json: layer_types: expected full_attention alone, got {hf['layer_types']}")
+    biased = bool(hf.get("attention_bias")) if kind != "qwen2" else False
+    if biased != bool(hf.get("mlp_bias")):
+        raise CheckpointError("config.json: attention_bias and mlp_bias: expected both or neither")
+    theta, scaling = _rope_from_hf(hf)
+    head_dim = hf.get("head_dim")
+    if head_dim and head_dim * hf["num_attention_heads"] == hf["hidden_size"]:
+        head_dim = None  # said twice
+    return ModelConfig(
+        **{name: hf[name] for name in _SHARED_FIELDS if name != "num_key_value_heads"},
+        num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        head_dim=head_dim,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        bias=biased,
+    )
+
+
+def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """transformers 5 keeps everything under rope_parameters; published files have rope_theta at the top level."""
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    _expect(rope, partial_rotary_factor=1.0)
+    theta = float(rope.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if kind == "default":
+        return theta, None
+    names = {f.name for f in fields(RopeScaling)}
+    return theta, RopeScaling(rope_type=kind, **{k: v for k, v in rope.items() if k in names and v is not None})
+
+
+def _config_from_gpt2(hf: dict[str, Any]) -> ModelConfig:
+    _expect(
+        hf,
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False,
+    )
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["n_embd"],
+        intermediate_size=hf.get("n_inner") or 4 * hf["n_embd"],
+        num_hidden_layers=hf["n_layer"],
+        num_attention_heads=hf["n_head"],
+        num_key_value_heads=hf["n_head"],
+        max_position_embeddings=hf["n_positions"],
+        rms_norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        tie_word_embeddings=hf.get("tie_word_embeddings", True),
+        norm="layernorm",
+        mlp="gelu",
+        positions="learned",
+        bias=True,
+    )
+
+
+def hf_model_type(cfg: ModelConfig) -> str:
+    """The model type of transformers that computes exactly this shape, or our own where there is none."""
+    style = (cfg.norm, cfg.mlp, cfg.positions)
+    if cfg.j_branch:
+        return OWN_TYPE
+    if style == ("layernorm", "gelu", "learned"):
+        plain_heads = cfg.num_key_value_heads == cfg.num_attention_heads
+        plain_heads = plain_heads and cfg.head_size * cfg.num_attention_heads == cfg.hidden_size
+        return "gpt2" if cfg.bias and plain_heads and not cfg.qk_norm else OWN_TYPE
+    if style != ("rmsnorm", "swiglu", "rope") or (cfg.qkv_bias and (cfg.bias or cfg.qk_norm)):
+        return OWN_TYPE
+    if cfg.qkv_bias:
+        return "qwen2"
+    if cfg.qk_norm:
+        return "qwen3" if not cfg.bias else OWN_TYPE
+    return "llama"
+
+
+def config_to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The contents of a config.json."""
+    kind = hf_model_type(cfg)
+    name = str(dtype).removeprefix("torch.")
+    if kind == OWN_TYPE:
+        return {"model_type": kind, "torch_dtype": name, **asdict(cfg)}
+    common = {"architectures": [_ARCHITECTURES[kind]], "model_type": kind, "torch_dtype": name}
+    if kind == "gpt2":
+        return common | {
+            "vocab_size": cfg.vocab_size,
+            "n_embd": cfg.hidden_size,
+            "n_inner": cfg.intermediate_size,
+            "n_layer": cfg.num_hidden_layers,
+            "n_head": cfg.num_attention_heads,
+            "n_positions": cfg.max_position_embeddings,
+            "layer_norm_epsilon": cfg.rms_norm_eps,
+            "tie_word_embeddings": cfg.tie_word_embeddings,
+            "activation_function": "gelu_new",
+        }
+    scaling = {k: v for k, v in asdict(cfg.rope_scaling).items() if v is not None} if cfg.rope_scaling else None
+    hf = common | {name: getattr(cfg, name) for name in _SHARED_FIELDS}
+    hf |= {"head_dim": cfg.head_size, "rope_theta": cfg.rope_theta, "rope_scaling": scaling, "hidden_act": "silu"}
+    if kind == "llama":
+        hf |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
+    return hf
+
+
+# --- parameter names --------------------------------------------------------------------------------------------------
+
+# GPT-2 stores its matrices transposed, q, k and v as one, and under other names; the rest are Qwen2's own names.
+_GPT2_NAMES = {
+    "wte": "model.embed_tokens",
+    "wpe": "model.embed_positions",
+    "ln_f": "model.norm",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+_GPT2_BACK = {ours: theirs for theirs, ours in _GPT2_NAMES.items()}
+_GPT2_TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+# Masks and tables that old files carry as if they were weights.
+_NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias))$")
+
+
+def from_hf(kind: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(our name, our tensor) for one tensor of a published file: one for one, three for GPT-2's joined q, k, v."""
+    if _NOT_WEIGHTS.search(name):
+        return
+    if kind != "gpt2" or name == "lm_head.weight":
+        yield name, tensor
+        return
+    path, _, leaf = name.removeprefix("transformer.").rpartition(".")
+    layer = re.match(r"h\.(\d+)\.", path)
+    inner = path[layer.end() :] if layer else path
+    prefix = f"model.layers.{layer[1]}." if layer else ""
+    if inner in _GPT2_TRANSPOSED and leaf == "weight":
+        tensor = tensor.t()
+    if inner == "attn.c_attn":
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            yield f"{prefix}self_attn.{letter}_proj.{leaf}", part
+    else:
+        yield f"{prefix}{_GPT2_NAMES.get(inner, inner)}.{leaf}", tensor
+
+
+def to_hf(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the names of a published file; the inverse of `from_hf`."""
+    if kind != "gpt2":
+        return state
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        layer = re.match(r"model\.layers\.(\d+)\.", path)
+        inner = path[layer.end() :] if layer else path
+        prefix = f"transformer.h.{layer[1]}." if layer else "transformer."
+        if inner in ("self_attn.k_proj", "self_attn.v_proj"):
+            continue  # joined with q
+        if inner == "self_attn.q_proj":
+            theirs, tensor = "attn.c_attn", torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+        else:
+            theirs = _GPT2_BACK.get(inner, inner)
+        if theirs in _GPT2_TRANSPOSED and leaf == "weight":
+            tensor = tensor.t()
+        out[name if name == "lm_head.weight" else f"{prefix}{theirs}.{leaf}"] = tensor.contiguous()
+    return out
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def resolve(source: str | Path) -> Path:
+    """The folder that holds the weights of a source."""
+    folder = Path(source)
+    if (folder / "checkpoints").is_dir():
+        steps = sorted(folder.glob("checkpoints/step-*/config.json"))
+        if not steps:
+            raise CheckpointError(f"{folder}: no checkpoint under {folder / 'checkpoints'}")
+        return steps[-1].parent
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder}: expected a folder with a config.json or with checkpoints/")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return _download(str(source))
+    raise CheckpointError(f"{source}: no such folder, and not a hub id (OWNER/NAME)")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "pytorch_model*.bin"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises a dozen kinds, network libraries more
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{hub_id}: no such folder, and the hub could not be read: {reason}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            files = [folder / name for name in names if Path(name).name == name]
+            if not names or len(files) < len(names):
+                raise CheckpointError(f"{index}: weight_map: expected names of files in the same folder, got {names}")
+        elif (folder / name).is_file():
+            files = [folder / name]
+        else:
+            continue
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: missing weight files: {', '.join(missing)}")
+        return files
+    raise CheckpointError(f"{folder}: no model.safetensors, model.safetensors.index.json or pytorch_model.bin")
+
+
+Reader = Callable[[torch.dtype | None, torch.device], Tensor]
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, torch.Size, Reader]]:
+    """(name, shape, how to read it) of every tensor in a file; no weights are read yet."""
+    if file.suffix != ".safetensors":
+        for name, tensor in _load_pickle(file).items():
+            yield name, tensor.shape, lambda dtype, device, t=tensor: t.to(device, dtype, copy=True)
+        return
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {str(error).splitlines()[0]}") from None
+    for name, shape in shapes.items():
+        yield name, shape, partial(_read_tensor, file, name, shape)
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a GPT-2-era file. torch refuses, without running it, whatever is not a plain tensor."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the refusals of torch's unpickler have no common class
+        raise CheckpointError(f"{file}: refused, it holds more than tensors: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{file}: expected a dictionary of tensors")
+    return state
+
+
+def _read_tensor(file: Path, name: str, shape: torch.Size, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """A copy of one stored tensor, because a file that shrinks under a memory map kills the process that looks at it.
+
+    It is read in pieces, each through a map of its own: the pages of a map count as memory until it is closed.
+    """
+    rows = max(1, READ_BYTES // (4 * max(1, shape[1:].numel())))
+    if not shape or shape[0] <= rows:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name).to(device, dtype, copy=True)
+    out = None
+    for start in range(0, shape[0], rows):
+        with safe_open(file, framework="pt") as opened:
+            piece = opened.get_slice(name)[start : start + rows]
+            if out is None:
+                out = torch.empty(shape, dtype=dtype or piece.dtype, device=device)
+            out[start : start + rows] = piece
+            del piece
+    return out
+
+
+def load_model(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    allow_mismatch: bool = False,
+    warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr),
+) -> tuple[GPT, Tokenizer | None]:
+    """(model in eval mode, its tokenizer or None if the folder has none). dtype None: as stored.
+
+    A missing, unexpected or mis-shaped tensor, or a tokenizer that is not the model's, is a CheckpointError that
+    lists them; with `allow_mismatch` it is a warning, and missing weights keep their random initial values.
+    """
+    folder = resolve(source)
+    hf = _read_json(folder / "config.json")
+    cfg = config_from_hf(hf)
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    state, problems = _read_state(folder, hf["model_type"], model, dtype, device)
+    tokenizer = _read_tokenizer(folder, hf, cfg, problems)
+    if problems and not allow_mismatch:
+        raise CheckpointError(f"{folder}: does not fit: {'; '.join(problems)} (--allow_mismatch loads what fits)")
+    for problem in problems:
+        warn(f"{folder}: {problem}")
+    if len(state) < len(model.state_dict()):
+        fresh = GPT(cfg).to(device=device, dtype=dtype).state_dict()
+        state = {name: state.get(name, tensor) for name, tensor in fresh.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(True).eval(), tokenizer
+
+
+def _read_state(
+    folder: Path, kind: str, model: GPT, dtype: torch.dtype | None, device: torch.device
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors that fit the model, problems)."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    unexpected, shapes, tied_head = [], [], None
+    for file in _weight_files(folder):
+        for stored, shape, read in _tensors(file):
+            parts = {name: t.shape for name, t in from_hf(kind, stored, torch.empty(shape, device="meta"))}
+            if stored == "lm_head.weight" and stored not in expected:
+                tied_head = read  # stored twice although tied: it must be the same matrix
+            elif not parts.keys() <= expected.keys():
+                unexpected.append(stored)
+            elif wrong := [name for name in parts if parts[name] != expected[name]]:
+                shapes += [f"{name} {tuple(parts[name])} instead of {tuple(expected[name])}" for name in wrong]
+            elif parts:
+                state.update((name, t.contiguous()) for name, t in from_hf(kind, stored, read(dtype, device)))
+    embedding = state.get("model.embed_tokens.weight")
+    if tied_head is not None and embedding is not None and not torch.equal(tied_head(dtype, device), embedding):
+        shapes.append("lm_head.weight, which differs from the embedding although tie_word_embeddings is true")
+    listed = {
+        "missing": [name for name in expected if name not in state and not any(name in text for text in shapes)],
+        "unexpected": unexpected,
+        "mis-shaped": shapes,
+    }
+    return state, [f"{what}: {', '.join(names)}" for what, names in listed.items() if names]
+
+
+def _read_tokenizer(folder: Path, hf: dict[str, Any], cfg: ModelConfig, problems: list[str]) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    if tokenizer.n_vocab > cfg.vocab_size:
+        problems.append(f"tokenizer: its ids go up to {tokenizer.n_vocab - 1}, the model has {cfg.vocab_size}")
+    recorded = hf.get("tokenizer_hash")
+    if recorded and recorded != tokenizer.hash:
+        problems.append(f"tokenizer: the model was trained with {recorded[:12]}, the folder has {tokenizer.hash[:12]}")
+    return tokenizer
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_folder(model: GPT, tokenizer: Tokenizer | None, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Fill an existing folder with everything that transformers needs to load the model."""
+    kind = hf_model_type(model.cfg)
+    state = to_hf(
+        kind, {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    )
+    stored = next(iter(state.values())).dtype
+    _write_weights(state, folder)
+    hf = config_to_hf(model.cfg, stored)
+    if tokenizer is not None:
+        hf |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id, "tokenizer_hash": tokenizer.hash}
+        tokenizer.save(folder)
+        _write_json(
+            folder / "generation_config.json",
+            {
+                "eos_token_id": sorted(tokenizer.stop_ids),
+                "bos_token_id": tokenizer.bos_id,
+                "pad_token_id": tokenizer.eos_id,
+            },
+        )
+    _write_json(folder / "config.json", hf)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in state.values())
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def export(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a new folder, all or nothing: it appears under its name when it is complete."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: expected a new or empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    try:
+        write_folder(model, tokenizer, unfinished, dtype)
+        unfinished.chmod(0o755)  # mkdtemp's folders are private
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+# --- parity with transformers -----------------------------------------------------------------------------------------
+
+_LOGIT_TOLERANCE = 1e-4  # of the largest logit, in fp32
+_GREEDY_TOKENS = 64
+
+
+def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
+    """Load a source with transformers and with us, in fp32, and measure how far apart they are."""
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError("parity needs transformers: pip install transformers") from None
+    folder = resolve(source)
+    ours, tokenizer = load_model(folder, device, torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    prompt = torch.randint(ours.cfg.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    new_tokens = min(_GREEDY_TOKENS, ours.cfg.max_position_embeddings - prompt.shape[1])
+    with torch.no_grad():
+        reference = theirs(prompt).logits.float()
+        difference = (ours(prompt).logits - reference).abs().max() / reference.abs().max()
+        expected = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+            repetition_penalty=1.0,
+        )
+    greedy = torch.tensor(generate(ours, prompt.tolist(), temperature=0.0, max_new_tokens=new_tokens))
+    tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    result = {
+        "logit_difference": float(difference),
+        "greedy_agreement": float((greedy == expected.cpu())[:, prompt.shape[1] :].float().mean()),
+        "greedy_tokens": new_tokens,
+        "tokenizer_agreement": _tokenizer_agreement(transformers, folder, tokenizer),
+        "tied_head": [ours.cfg.tie_word_embeddings, tied],
+        "parameters": [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)],
+    }
+    result["equal"] = (
+        result["logit_difference"] <= _LOGIT_TOLERANCE
+        and result["greedy_agreement"] == 1.0
+        and result["tokenizer_agreement"] in (1.0, None)
+        and ours.cfg.tie_word_embeddings == tied
+        and len(set(result["parameters"])) == 1
+    )
+    return result
+
+
+def _tokenizer_agreement(transformers: Any, folder: Path, tokenizer: Tokenizer | None) -> float | None:
+    """Share of 1,000 random texts that both tokenizers turn into the same ids; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    letters = "abcdeABC 0123  \n\t.,'!?_-()äöüßéñçøžπλЖяעبहि中文日本語한국🙂👩‍🚀"
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(letters, k=draw.randrange(1, 80))) for _ in range(1000)]
+    equal = [tokenizer.encode(text) == reference.encode(text, add_special_tokens=False) for text in texts]
+    return sum(equal) / len(equal)
+
+
+def _print_parity(source: str, result: dict[str, Any]) -> None:
+    tokenizer = result["tokenizer_agreement"]
+    rows = (
+        ("largest logit difference / largest logit", f"{result['logit_difference']:.2e}"),
+        (f"greedy agreement over {result['greedy_tokens']} tokens", f"{result['greedy_agreement']:.1%}"),
+        ("tokenizer agreement on 1,000 texts", "no tokenizer" if tokenizer is None else f"{tokenizer:.1%}"),
+        ("tied head (ours, transformers)", "{}, {}".format(*result["tied_head"])),
+        ("parameters (ours, transformers)", "{:,}, {:,}".format(*result["parameters"])),
+        ("verdict", "equal" if result["equal"] else "DIFFERENT"),
+    )
+    print(f"parity of {source} with transformers, fp32")
+    for name, value in rows:
+        print(f"  {name:42} {value}")
+    print(json.dumps({"source": str(source), **result}))
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python checkpoint.py", description="Weights in, weights out.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    compare = commands.add_parser("parity", help="compare a source with transformers; exit 1 if they differ")
+    write = commands.add_parser("export", help="write a folder that transformers loads unchanged")
+    for command in (compare, write):
+        command.add_argument("source", help="Hugging Face folder, checkpoint, run folder or hub id")
+    compare.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    write.add_argument("folder", help="a new folder")
+    write.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    args = parser.parse_args(argv)
+    if args.command == "parity":
+        result = parity(args.source, args.device)
+        _print_parity(args.source, result)
+        return 0 if result["equal"] else 1
+    model, tokenizer = load_model(args.source)
+    export(model, tokenizer, args.folder, getattr(torch, args.dtype) if args.dtype else None)
+    print(f"wrote {args.folder}: AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,214 @@
+"""Text from a model: continue prompts, answer as an assistant, or talk in turns.
+
+    python infer.py --prompt "def add(a, b):"                 the newest run continues the text
+    python infer.py --ckpt FOLDER --instruct --prompt "Why?"  any Hugging Face folder answers
+    python infer.py --chat                                    a conversation on the terminal
+
+stdout carries what the model wrote and nothing else; notes and speed go to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from checkpoint import CheckpointError, load_model
+from config import Config, ConfigError, check, load_config, run_script
+from data import StreamDecoder, Tokenizer, escape_terminal, render_chat
+from distributed import pick_device, pick_dtype
+from model import RequestError, Sampling, generate, stream
+
+RUNS = Path("runs")
+CHAT_HELP = "Ctrl-D ends, /reset forgets the conversation, Ctrl-C cuts an answer short"
+
+
+def say(text: str) -> None:
+    """A note for the person, on stderr."""
+    print(escape_terminal(text), file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Model output, on stdout; a terminal gets it without characters that it would obey."""
+    sys.stdout.write(escape_terminal(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def newest_run() -> Path:
+    """The run folder under runs/ whose newest checkpoint is the youngest."""
+    found = {path.parents[2]: path.stat().st_mtime for path in sorted(RUNS.glob("*/checkpoints/step-*/config.json"))}
+    if not found:
+        raise CheckpointError(f"no run under {RUNS}/: train one with `make train`, or name a source with --ckpt")
+    return max(found, key=found.__getitem__)
+
+
+def read_prompts(cfg: Config) -> list[str]:
+    """The texts of --prompt and --prompt_file; `-` is standard input. One final newline of a file is not text."""
+    prompts = [_read_stdin() if prompt == "-" else prompt for prompt in cfg.infer.prompt]
+    if cfg.infer.prompt_file == "-":
+        prompts.append(_read_stdin())
+    elif cfg.infer.prompt_file is not None:
+        try:
+            text = Path(cfg.infer.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise ConfigError(f"infer.prompt_file: {cfg.infer.prompt_file}: {reason}") from None
+        prompts.append(text.removesuffix("\n"))
+    if not prompts:
+        raise ConfigError("infer.prompt: expected a text to continue: --prompt TEXT, --prompt - or --chat")
+    empty = [number for number, prompt in enumerate(prompts, start=1) if not prompt]
+    if empty:
+        raise ConfigError(f"infer.prompt: expected text, prompt {empty[0]} of {len(prompts)} is empty")
+    return prompts
+
+
+def _read_stdin() -> str:
+    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+
+
+class Session:
+    """A loaded model and how it is asked."""
+
+    def __init__(self, cfg: Config):
+        check(cfg)
+        self.cfg, self.infer = cfg, cfg.infer
+        device = pick_device(cfg.run.device)
+        dtype, reason = pick_dtype(cfg.run.dtype, device)
+        source = self.infer.ckpt or newest_run()
+        started = time.perf_counter()
+        self.model, tokenizer = load_model(source, device, dtype, allow_mismatch=self.infer.allow_mismatch, warn=say)
+        if tokenizer is None:
+            raise CheckpointError(f"{source}: no tokenizer.json in the folder")
+        self.tokenizer: Tokenizer = tokenizer
+        name = str(dtype).removeprefix("torch.")
+        size = sum(p.numel() for p in self.model.parameters())
+        say(f"{source}: {size / 1e6:.1f} M parameters on {device} in {name} ({reason}), "
+            f"loaded in {time.perf_counter() - started:.1f} s")  # fmt: skip
+        vocab = self.model.cfg.vocab_size
+        self.sampling: Sampling = self.infer.sampling(
+            eos=tokenizer.stop_ids,
+            banned=range(tokenizer.n_vocab, vocab),  # rows of the embedding that pad it to a round size
+            seed=cfg.run.seed,
+        )
+        self.cache_dtype = None if self.infer.cache_dtype == "auto" else getattr(torch, self.infer.cache_dtype)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        if self.infer.instruct:
+            return self.conversation_ids([{"role": "user", "content": prompt}])
+        ids = self.tokenizer.encode(prompt, allow_special=self.infer.allow_special)
+        return [*self.tokenizer.prefix, *ids]
+
+    def conversation_ids(self, turns: Sequence[dict[str, str]]) -> list[int]:
+        system = [{"role": "system", "content": self.infer.system}] if self.infer.system is not None else []
+        ids, _ = render_chat([*system, *turns], self.tokenizer, generate=True)
+        return [*self.tokenizer.prefix, *ids]
+
+    def pieces(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
+        """(row, printable text) as the rows are made; beams come as wholes. Notes the speed at the end."""
+        started, made = time.perf_counter(), 0
+        arguments = {name: getattr(self.sampling, name) for name in Sampling.__dataclass_fields__}
+        arguments |= {"cache_dtype": self.cache_dtype}
+        decoders = [StreamDecoder(self.tokenizer, self.infer.stop) for _ in prompts]
+        if self.sampling.num_beams > 1:
+            for row, ids in enumerate(generate(self.model, prompts, **arguments)):
+                new = ids[len(prompts[row]) :]
+                made += len(new)
+                yield row, decoders[row].feed(new)
+        else:
+            for event in stream(self.model, prompts, decode=self.tokenizer.decode, **arguments):
+                made += 1
+                yield event.row, decoders[event.row].feed([event.token])
+        yield from ((row, decoder.flush()) for row, decoder in enumerate(decoders))
+        seconds = time.perf_counter() - started
+        read = sum(map(len, prompts))
+        say(f"{read} tokens read, {made} written in {seconds:.2f} s: {made / seconds:.1f} tokens/s")
+
+
+# --- one answer, many answers, a conversation -------------------------------------------------------------------------
+
+
+def continue_prompts(session: Session, prompts: list[str]) -> None:
+    rows = [session.prompt_ids(prompt) for prompt in prompts for _ in range(session.infer.num_samples)]
+    if len(rows) == 1 and session.infer.stream:
+        for _, piece in session.pieces(rows):
+            write(piece)
+        if sys.stdout.isatty():
+            write("\n")
+        return
+    texts = [""] * len(rows)
+    for row, piece in session.pieces(rows):
+        texts[row] += piece
+    for row, text in enumerate(texts):
+        if len(texts) > 1:
+            prompt, number = divmod(row, session.infer.num_samples)
+            say(f"--- prompt {prompt + 1}, sample {number + 1}")
+        write(text if len(texts) == 1 and not sys.stdout.isatty() else f"{text}\n")
+
+
+def chat(session: Session) -> None:
+    """Turns of user and assistant until the input ends. Ctrl-C cuts an answer short; what was said stays."""
+    say(f"chat: {CHAT_HELP}")
+    turns: list[dict[str, str]] = []
+    while True:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            say("")
+            return
+        question = line.strip()
+        if question == "/reset":
+            turns = []
+        elif question:
+            turns.append({"role": "user", "content": question})
+            turns = forget_oldest(session, turns)
+            turns.append({"role": "assistant", "content": answer(session, turns)})
+
+
+def answer(session: Session, turns: list[dict[str, str]]) -> str:
+    text = ""
+    try:
+        for _, piece in session.pieces([session.conversation_ids(turns)]):
+            text += piece
+            if session.infer.stream:
+                write(piece)
+    except KeyboardInterrupt:
+        say(" (cut short)")
+    write("\n" if session.infer.stream else f"{text}\n")
+    return text
+
+
+def forget_oldest(session: Session, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Drop questions with their answers from the front until the rest leaves room for an answer."""
+    room = session.model.cfg.context - session.sampling.max_new_tokens
+    kept = turns
+    while len(kept) > 1 and len(session.conversation_ids(kept)) > room:
+        kept = kept[2:]
+    if len(kept) < len(turns):
+        say(f"(the context is full: the first {len(turns) - len(kept)} messages are forgotten)")
+    return kept
+
+
+def main(argv: list[str]) -> None:
+    cfg = load_config(
+        argv, "infer", usage="python infer.py [FILE.yaml] --prompt TEXT [--ckpt SOURCE] [--key=value ...]"
+    )
+    prompts = [] if cfg.infer.chat else read_prompts(cfg)
+    session = Session(cfg)
+    try:
+        if cfg.infer.chat:
+            chat(session)
+        else:
+            continue_prompts(session, prompts)
+    except RequestError as error:
+        raise ConfigError(f"infer: {error}") from None
+
+
+if __name__ == "__main__":
+    run_script(main)
