@@ -456,7 +456,9 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141  # 128 + SIGPIPE
     except Exception as error:
-        code = 8 if _is_out_of_memory(error) else getattr(error, "exit_code", None)
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            code = 8 if _is_out_of_memory(error) else 7 if isinstance(error, FloatingPointError) else None
         if code is None:
             raise
         print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)

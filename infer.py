@@ -110,7 +110,7 @@ class Session:
         return [*self.tokenizer.prefix, *ids]
 
     def pieces(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
-        """(row, printable text) as the rows are made; beams come as wholes. Notes the speed at the end."""
+        """(row, printable text) as the rows are made; beams come as wholes. Leaves the speed in `self.note`."""
         started, made = time.perf_counter(), 0
         arguments = {name: getattr(self.sampling, name) for name in Sampling.__dataclass_fields__}
         arguments |= {"cache_dtype": self.cache_dtype}
@@ -127,7 +127,7 @@ class Session:
         yield from ((row, decoder.flush()) for row, decoder in enumerate(decoders))
         seconds = time.perf_counter() - started
         read = sum(map(len, prompts))
-        say(f"{read} tokens read, {made} written in {seconds:.2f} s: {made / seconds:.1f} tokens/s")
+        self.note = f"{read} tokens read, {made} written in {seconds:.2f} s: {made / seconds:.1f} tokens/s"
 
 
 # --- one answer, many answers, a conversation -------------------------------------------------------------------------
@@ -140,6 +140,7 @@ def continue_prompts(session: Session, prompts: list[str]) -> None:
             write(piece)
         if sys.stdout.isatty():
             write("\n")
+        say(session.note)
         return
     texts = [""] * len(rows)
     for row, piece in session.pieces(rows):
@@ -149,6 +150,7 @@ def continue_prompts(session: Session, prompts: list[str]) -> None:
             prompt, number = divmod(row, session.infer.num_samples)
             say(f"--- prompt {prompt + 1}, sample {number + 1}")
         write(text if len(texts) == 1 and not sys.stdout.isatty() else f"{text}\n")
+    say(session.note)
 
 
 def chat(session: Session) -> None:
@@ -166,9 +168,11 @@ def chat(session: Session) -> None:
         if question == "/reset":
             turns = []
         elif question:
-            turns.append({"role": "user", "content": question})
-            turns = forget_oldest(session, turns)
-            turns.append({"role": "assistant", "content": answer(session, turns)})
+            asked = forget_oldest(session, [*turns, {"role": "user", "content": question}])
+            try:
+                turns = [*asked, {"role": "assistant", "content": answer(session, asked)}]
+            except RequestError as error:
+                say(f"({error})")
 
 
 def answer(session: Session, turns: list[dict[str, str]]) -> str:
@@ -179,8 +183,9 @@ def answer(session: Session, turns: list[dict[str, str]]) -> str:
             if session.infer.stream:
                 write(piece)
     except KeyboardInterrupt:
-        say(" (cut short)")
+        session.note = "cut short"
     write("\n" if session.infer.stream else f"{text}\n")
+    say(f"({session.note})")
     return text
 
 

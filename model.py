@@ -811,6 +811,9 @@ class Sampling:
         policies = ("error", "stop", "slide")
         _require(self.overflow in policies, f"overflow: expected one of {policies}, got {self.overflow!r}")
         _require("" not in self.stop, "stop: expected strings of at least one character")
+        beams = self.num_beams > 1
+        _require(not (beams and self.stop), f"stop and num_beams ({self.num_beams}) cannot be combined")
+        _require(not (beams and self.overflow == "slide"), "overflow: slide and num_beams cannot be combined")
 
 
 def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, how: Sampling) -> Tensor:
@@ -1154,8 +1157,6 @@ def beam_search(
     the rest are eos. A candidate that ends (by eos or by length) is pooled if it ranks within the first `num_beams`.
     """
     how = Sampling(**params)
-    _require(not how.stop, "stop strings and beams cannot be combined")
-    _require(how.overflow != "slide", "overflow: slide and beams cannot be combined")
     prompts = _checked_prompts(model, prompts, how)
     was_training = model.training
     model.eval()

@@ -378,7 +378,7 @@ def test_stop_strings_end_a_row_across_token_borders():
     assert decode(row[1:]) == "abcd"
     with pytest.raises(ValueError, match="decode"):
         greedy(gpt, [[4]], stop=["x"])
-    with pytest.raises(ValueError, match="stop strings and beams"):
+    with pytest.raises(ValueError, match="stop and num_beams"):
         generate(gpt, [[4]], stop=["x"], num_beams=2)
 
 
@@ -396,7 +396,7 @@ def test_g10_overflow_policies():
     ]
     with pytest.raises(ValueError, match="prompt 1: 16 tokens"):
         greedy(gpt, [prompt(16)], max_new_tokens=1, overflow="stop")
-    with pytest.raises(ValueError, match="slide and beams"):
+    with pytest.raises(ValueError, match="slide and num_beams"):
         generate(gpt, [short], num_beams=2, overflow="slide")
 
 
