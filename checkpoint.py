@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import run_script
-from data import DataError, Tokenizer, load_tokenizer
 from model import GPT, ModelConfig, RopeScaling, generate
+from tokenizer import DataError, Tokenizer, load_tokenizer
 
 READ_BYTES = 2**26  # weights are read in pieces of this size (64 MiB), so that a load needs little more than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does

@@ -18,9 +18,9 @@ import torch
 
 from checkpoint import CheckpointError, load_model
 from config import Config, ConfigError, check, load_config, run_script
-from data import StreamDecoder, Tokenizer, escape_terminal, render_chat
 from distributed import pick_device, pick_dtype
 from model import RequestError, Sampling, generate, stream
+from tokenizer import StreamDecoder, Tokenizer, escape_terminal, render_chat
 
 RUNS = Path("runs")
 CHAT_HELP = "Ctrl-D ends, /reset forgets the conversation, Ctrl-C cuts an answer short"

@@ -411,7 +411,7 @@ PRESETS = {  # hidden, inner, layers, heads, key/value heads, vocabulary, contex
 
 def parameters(m: ModelConfig) -> int:
     """By hand, for the shapes of the presets: tied, gated, biases on q, k and v."""
-    kv = m.num_key_value_heads * m.head_dim
+    kv = m.num_key_value_heads * m.head_size
     attention = 2 * m.hidden_size**2 + m.hidden_size + 2 * (m.hidden_size + 1) * kv
     block = attention + 3 * m.hidden_size * m.intermediate_size + 2 * m.hidden_size
     return m.vocab_size * m.hidden_size + m.num_hidden_layers * block + m.hidden_size

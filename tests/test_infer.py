@@ -19,8 +19,8 @@ import torch
 import infer
 from checkpoint import export, load_model
 from config import ConfigError, load_config, run_script
-from data import load_tokenizer, render_chat, train_tokenizer
 from model import GPT, generate
+from tokenizer import load_tokenizer, render_chat, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

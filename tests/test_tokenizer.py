@@ -21,8 +21,8 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-import data
-from data import (
+import tokenizer as tokenizer_module
+from tokenizer import (
     DataError,
     StreamDecoder,
     Tokenizer,
@@ -32,7 +32,7 @@ from data import (
     train_tokenizer,
 )
 
-LLAMA3_PATTERN = data.QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+LLAMA3_PATTERN = tokenizer_module.QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 # The patterns of tiktoken's own gpt2 and cl100k_base, as tiktoken 0.14 spells them.
 TIKTOKEN_GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 TIKTOKEN_CL100K = (
@@ -102,7 +102,7 @@ def add_tokens(spec: dict[str, Any], tokens: list[str], plain: tuple[str, ...] =
 
 
 def qwen2_like() -> tuple[dict[str, Any], dict[str, Any]]:
-    spec = trained(data.QWEN2_PATTERN)
+    spec = trained(tokenizer_module.QWEN2_PATTERN)
     spec["normalizer"] = {"type": "NFC"}
     add_tokens(spec, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return spec, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN25_TEMPLATE}
@@ -114,7 +114,7 @@ def qwen3_like() -> tuple[dict[str, Any], dict[str, Any]]:
         spec, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], plain=("<think>", "</think>")
     )
     spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]  # the older spelling
-    return spec, config | {"chat_template": data.CHATML_TEMPLATE}
+    return spec, config | {"chat_template": tokenizer_module.CHATML_TEMPLATE}
 
 
 def llama3_like() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -234,7 +234,7 @@ def test_nfc_is_that_of_tokenizers_for_every_code_point() -> None:
         if start == 0xD800:
             continue
         text = "".join(f"a\u0301{chr(c)}\u0323 a{chr(c)}\u0301." for c in range(start, start + 0x800))
-        assert data._nfc(text) == reference.normalize_str(text), hex(start)
+        assert tokenizer_module._nfc(text) == reference.normalize_str(text), hex(start)
 
 
 def test_what_each_family_says_of_itself(folders: dict[str, Path]) -> None:
@@ -274,7 +274,7 @@ def test_a_plain_added_token_is_shown_where_special_ones_are_skipped(folders: di
     ],
 )
 def test_default_system_is_a_literal_of_the_template(template: str | None, expected: str | None) -> None:
-    assert data._default_system(template) == expected
+    assert tokenizer_module._default_system(template) == expected
 
 
 def test_control_tokens_only_on_request(qwen: Tokenizer) -> None:
@@ -333,7 +333,7 @@ def test_text_that_a_pattern_leaves_out_is_kept(tmp_path: Path) -> None:
 
 def fake_encoding(pattern: str) -> tiktoken.Encoding:
     model = trained(pattern.replace("{1,3}+", "{1,3}"))["model"]
-    letters = data._byte_letters()
+    letters = tokenizer_module._byte_letters()
     ranks = {bytes(letters[c] for c in token): i for token, i in model["vocab"].items()}
     ranks[b" zqxjk"] = len(ranks)  # only a whole piece can be this token
     ranks[b"zqx"], ranks[b"qxj"] = len(ranks), len(ranks) + 1
@@ -371,7 +371,7 @@ def test_a_download_that_fails_or_hangs_is_one_line(monkeypatch: pytest.MonkeyPa
 
     release = threading.Event()
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: release.wait(30))
-    monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(tokenizer_module, "DOWNLOAD_SECONDS", 0.05)
     assert "no answer in 0.05 s" in error_of(lambda: load_tokenizer("o200k_base"))
     release.set()
 
@@ -615,7 +615,7 @@ def test_the_detour_for_long_spaces_gives_the_same_ids(
         ours = load_tokenizer(folders[name])
         expected = [ours.encode(text) for text in texts]
         with monkeypatch.context() as patch:
-            patch.setattr(data, "LONG_SPACE", 1)
+            patch.setattr(tokenizer_module, "LONG_SPACE", 1)
             assert_same_ids([ours.encode(text) for text in texts], expected, texts)
 
 

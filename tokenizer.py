@@ -1,0 +1,609 @@
+"""Text to token ids and back: byte-level BPE tokenizers, the ChatML format and streamed decoding."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import functools
+import hashlib
+import json
+import re
+import threading
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+# How a text is cut into pieces before BPE; a token never crosses a cut.
+# GPT-2: github.com/openai/gpt-2 src/encoder.py. Qwen2, 2.5 and 3: the tokenizer.json of the released models.
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+QWEN2_PATTERN = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"""
+    r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+BYTES_PATTERN = r"\s+|\S+"
+
+ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END_TOKENS = (ENDOFTEXT, "<|end_of_text|>", "</s>", IM_END, "<|eot_id|>", "<|eom_id|>")
+TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
+DOWNLOAD_SECONDS = 60  # tiktoken itself downloads without a time limit
+# fancy-regex backtracks over `\s+(?!\S)` with one stack entry per character and gives up near 1,000,000.
+LONG_SPACE = 100_000
+UNKNOWN = "\ufffd".encode()
+
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# The literal system turn in a template such as Qwen2.5's; a newline is written `\n` or as itself.
+DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"<{}\\]|\\.)+)<\|im_end\|>""")
+
+
+class DataError(Exception):
+    """A user's mistake, told in one line."""
+
+    exit_code = 3
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escape_terminal(" ".join(message.split())))
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary. Text never becomes a control token unless `allow_special` says so."""
+
+    def __init__(
+        self,
+        name: str,
+        ranks: Mapping[bytes, int],
+        pattern: str,
+        special: Mapping[str, int],
+        *,
+        eos: str,
+        bos: str | None = None,
+        nfc: bool = False,
+        prefix: tuple[int, ...] = (),
+        visible: frozenset[int] = frozenset(),
+        chat_template: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.name, self.pattern, self.nfc, self.prefix = name, pattern, nfc, prefix
+        self.ranks, self.special = dict(ranks), dict(special)
+        self.chat_template = chat_template
+        self.eos_id = self.special[eos]
+        self.bos_id = None if bos is None else self.special[bos]
+        ends = {self.special[token] for token in END_TOKENS if token in self.special}
+        self.stop_ids = frozenset(ends | {self.eos_id})
+        self.default_system = _default_system(chat_template)
+        self._bytes = {token_id: token for token, token_id in self.ranks.items()}
+        self._bytes |= {token_id: text.encode() for text, token_id in self.special.items()}
+        if len(self._bytes) != len(self.ranks) + len(self.special):
+            raise DataError(f'tokenizer "{name}": two tokens have the same id')
+        self.n_vocab = max(self._bytes) + 1
+        self._skipped = frozenset(self.special.values()) - visible
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._special_cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._files = files
+        # tiktoken drops text that no alternative matches; `tokenizers` keeps it as one piece, so we do.
+        pieces = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+        try:
+            self._encoding = tiktoken.Encoding(
+                name, pat_str=pieces, mergeable_ranks=self.ranks, special_tokens=self.special
+            )
+        except ValueError as error:
+            raise DataError(f'tokenizer "{name}": bad split pattern {pattern!r}: {_short(error)}') from error
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 over everything that decides ids."""
+        pairs = sorted((token.hex(), token_id) for token, token_id in self.ranks.items())
+        parts = [pairs, self.pattern, "NFC" if self.nfc else None, sorted(self.special.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of `text`. `allow_special` turns the exact text of a control token into its id."""
+        text = _without_surrogates(text)
+        if not allow_special:
+            return self._encode_content(text)
+        ids: list[int] = []
+        for part in self._special_cut.split(text):
+            ids += [self.special[part]] if part in self.special else self._encode_content(part)
+        return ids
+
+    def encode_batch(self, texts: Iterable[str], num_threads: int = 8) -> list[list[int]]:
+        with ThreadPoolExecutor(num_threads) as pool:  # tiktoken lets go of the interpreter lock
+            return list(pool.map(self.encode, texts))
+
+    def _encode_content(self, text: str) -> list[int]:
+        text = _nfc(text) if self.nfc else text
+        # No \s before the run: else a run a little too short would be scanned again from each of its spaces.
+        is_long = len(text) >= LONG_SPACE and re.search(rf"(?<!\s)\s{{{LONG_SPACE}}}", text)
+        try:
+            return self._encode_pieces(text) if is_long else self._encoding.encode_ordinary(text)
+        except BaseException as error:  # a Rust panic is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            what = f"its pattern cannot cut a text of {len(text)} characters"
+            raise DataError(f'tokenizer "{self.name}": {what} ({_short(error)})') from None
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        """The same ids by the slower regex engine of `tokenizers`, which takes some millions of spaces."""
+        from tokenizers import Regex, pre_tokenizers
+
+        cut = pre_tokenizers.Split(Regex(self.pattern), "isolated")
+        pieces = [piece.encode() for piece, _ in cut.pre_tokenize_str(text)]
+        return [token_id for piece in pieces for token_id in self._encoding._encode_single_piece(piece)]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
+        """The bytes of each token. An id without a token (a model's padded vocabulary) is U+FFFD."""
+        skipped = self._skipped if skip_special else frozenset()
+        return b"".join(self._bytes.get(i, UNKNOWN) for i in map(int, ids) if i not in skipped)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the Hugging Face files: those the tokenizer came with, unchanged, or ones built here."""
+        if self._files is None:
+            self._files = _built_files(self)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for file_name, content in self._files.items():
+            (Path(folder) / file_name).write_bytes(content)
+
+
+def _without_surrogates(text: str) -> str:
+    """Halves of a UTF-16 pair are joined; a lone half, which UTF-8 cannot hold, becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _nfc(text: str) -> str:
+    # `tokenizers` knows an older Unicode than Python and orders newer combining marks differently; its answer
+    # counts, since models were trained on it. Text that is NFC in the newer Unicode is so in the older.
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    from tokenizers import normalizers
+
+    return normalizers.NFC().normalize_str(text)
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+def _default_system(chat_template: str | None) -> str | None:
+    found = DEFAULT_SYSTEM.search(chat_template or "")
+    if found is None:
+        return None
+    return re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], found[1])
+
+
+class StreamDecoder:
+    """Decodes one row of ids as they come; what it returned is never taken back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_special: bool = True) -> None:
+        if isinstance(stop, str) or not all(stop):
+            raise DataError(f"stop: expected a list of non-empty strings, got {stop!r}")
+        self.stopped = False
+        self._tokenizer, self._stop, self._skip_special = tokenizer, tuple(stop), skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """New printable text, without half characters and what may yet become a stop string."""
+        return self._release(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special), final=False)
+
+    def flush(self) -> str:
+        """The rest, at the end of the row."""
+        return self._release(b"", final=True)
+
+    def _release(self, data: bytes, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + self._utf8.decode(data, final)
+        # The stop string that was completed first decides; of two that end together, the longer.
+        starts = [(text.find(stop), stop) for stop in self._stop]
+        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = 0 if final else self._open_stop(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _open_stop(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """A tokenizer by name (bytes, gpt2, cl100k_base, o200k_base) or from a folder with a tokenizer.json."""
+    if source == "bytes":
+        special = {ENDOFTEXT: 256, IM_START: 257, IM_END: 258}
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return Tokenizer("bytes", ranks, BYTES_PATTERN, special, eos=ENDOFTEXT, chat_template=CHATML_TEMPLATE)
+    if source in TIKTOKEN_NAMES:
+        return _from_tiktoken(str(source))
+    folder = Path(source)
+    if (folder / "tokenizer.json").is_file():
+        return _from_folder(folder)
+    names = ("bytes", *TIKTOKEN_NAMES)
+    if folder.is_dir():
+        raise DataError(f'tokenizer "{source}": expected a tokenizer.json in this folder, found none')
+    close = difflib.get_close_matches(str(source), names, n=1)
+    hint = f'; did you mean "{close[0]}"?' if close else ""
+    raise DataError(f'tokenizer "{source}": expected {", ".join(names)} or a folder with a tokenizer.json{hint}')
+
+
+def _from_tiktoken(name: str) -> Tokenizer:
+    encoding = _download(name)
+    special = dict(encoding._special_tokens)
+    for token in (IM_START, IM_END):
+        special.setdefault(token, max(encoding.max_token_value, *special.values()) + 1)
+    # `{1,3}+` is possessive in tiktoken's regex engine, but "once or more" in that of `tokenizers`, which reads
+    # the saved file. In these patterns nothing follows it, so the plain form matches the same.
+    pattern = re.sub(r"(\{[\d,]+\})\+", r"\1", encoding._pat_str)
+    ranks = encoding._mergeable_ranks
+    return Tokenizer(name, ranks, pattern, special, eos=ENDOFTEXT, chat_template=CHATML_TEMPLATE)
+
+
+def _download(name: str) -> tiktoken.Encoding:
+    outcome: list[tiktoken.Encoding | Exception] = []
+
+    def fetch() -> None:
+        try:
+            outcome.append(tiktoken.get_encoding(name))
+        except Exception as error:
+            outcome.append(error)
+
+    worker = threading.Thread(target=fetch, daemon=True)
+    worker.start()
+    worker.join(DOWNLOAD_SECONDS)
+    if outcome and isinstance(outcome[0], tiktoken.Encoding):
+        return outcome[0]
+    why = type(outcome[0]).__name__ if outcome else f"no answer in {DOWNLOAD_SECONDS} s"
+    raise DataError(
+        f'tokenizer "{name}": its vocabulary must be downloaded once and that failed ({why}); '
+        'set TIKTOKEN_CACHE_DIR to a folder that has it, or use "bytes" or a folder with a tokenizer.json'
+    )
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's printable letter for each byte, as vocabularies in tokenizer.json spell them."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(256)) - set(shown))
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    generation = folder / "generation_config.json"
+    ends = _json(generation, generation.read_bytes()) if generation.is_file() else {}
+    return _from_files(str(folder), files, folder, ends)
+
+
+def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: dict[str, Any]) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    spec = _json(path, files["tokenizer.json"])
+    config = _json(folder / "tokenizer_config.json", files.get("tokenizer_config.json", b"{}"))
+    token_map = _json(folder / "special_tokens_map.json", files.get("special_tokens_map.json", b"{}"))
+    try:
+        added = [(t["content"], t["id"], t["special"]) for t in spec.get("added_tokens") or []]
+        listed = config.get("added_tokens_decoder") or {}
+        added += [(t["content"], int(i), t.get("special", False)) for i, t in listed.items()]
+        special = {text: token_id for text, token_id, _ in added}
+        visible = frozenset(token_id for _, token_id, hidden in added if not hidden)
+        ranks = _ranks(path, spec["model"], special)
+        pattern, nfc = _pattern(path, spec.get("pre_tokenizer")), _is_nfc(path, spec.get("normalizer"))
+        prefix = _prefix(path, spec.get("post_processor"))
+        letters = {token_id: text for text, token_id in special.items()}
+        eos = _named_token("eos", config, token_map, generation, letters)
+        bos = _named_token("bos", config, token_map, generation, letters)
+        template = _chat_template(config, files)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not the layout of a tokenizer.json ({_short(error)})") from error
+    eos = eos or next((token for token in END_TOKENS if token in special), None)
+    bos = bos or (letters.get(prefix[0]) if prefix else None)
+    if eos is None:
+        raise DataError(f"{path}: no end-of-text token; name one as eos_token in tokenizer_config.json")
+    for which, token in (("eos_token", eos), ("bos_token", bos)):
+        if token is not None and token not in special:
+            raise DataError(f"{path}: {which} {token!r} is not among the added_tokens")
+    if not config.get("eos_token"):
+        files = files | {"tokenizer_config.json": _dump(_config(eos, bos, None) | config | {"eos_token": eos})}
+    options = {"nfc": nfc, "prefix": prefix, "visible": visible, "chat_template": template, "files": files}
+    return Tokenizer(name, ranks, pattern, special, eos=eos, bos=bos, **options)
+
+
+def _json(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({_short(error)})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _ranks(path: Path, model: dict[str, Any], special: Mapping[str, int]) -> dict[bytes, int]:
+    """Bytes -> id. tiktoken merges by id, so refuse a file in which that would give other ids."""
+    if model.get("type", "BPE") != "BPE":
+        raise DataError(f"{path}: model.type is {model['type']!r}; only byte-level BPE is supported")
+    for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise DataError(f"{path}: model.{option} is {model[option]!r}; only byte-level BPE without it works")
+    letters = _byte_letters()
+    vocab = {token: token_id for token, token_id in model["vocab"].items() if token not in special}
+    ranks: dict[bytes, int] = {}
+    for token, token_id in vocab.items():
+        if not token or not letters.keys() >= set(token):
+            raise DataError(f"{path}: token {token!r} is not spelled in byte-level letters; is it byte-level BPE?")
+        ranks[bytes(letters[letter] for letter in token)] = token_id
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise DataError(f"{path}: no token for byte 0x{missing[0]:02x} ({len(missing)} of 256 missing)")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    last = -1
+    for left, right in merges:
+        product = vocab.get(left + right)
+        if product is None or left not in vocab or right not in vocab:
+            raise DataError(f"{path}: merge {left!r} + {right!r} is not made of tokens of the vocabulary")
+        if product < last:
+            raise DataError(f"{path}: merge {left!r} + {right!r} gives id {product} after {last}; ids must rise")
+        last = product
+    _check_reachable(path, vocab, merges, bool(model.get("ignore_merges")))
+    return ranks
+
+
+def _check_reachable(path: Path, vocab: dict[str, int], merges: list[tuple[str, ...]], whole_pieces: bool) -> None:
+    """Make sure that tiktoken, which knows only ids, merges what the file's list of merges does.
+
+    tiktoken joins any two neighbours that make a token; the file only listed pairs. Both keep to the lowest id
+    first, so a token's inside goes the same way alone as in a longer text, and the two can part only where a
+    token's own bytes end in two parts whose pair is not listed. tiktoken also takes a piece that is a token as
+    it is, which without ignore_merges needs every token to be reached by merges.
+    """
+    from tokenizers import models
+
+    bpe = models.BPE(vocab=vocab, merges=merges)
+    for token in vocab:
+        parts = len(bpe.tokenize(token))
+        if parts == 2 or (parts > 2 and not whole_pieces):
+            raise DataError(f"{path}: token {token!r} is not what the merges make of its own bytes")
+
+
+def _pattern(path: Path, pre_tokenizer: dict[str, Any] | None) -> str:
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    kinds = [step["type"] for step in steps]
+    if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space", True):
+        uses_regex = steps[-1].get("use_regex", True)
+        if kinds == ["ByteLevel"] and uses_regex:
+            return GPT2_PATTERN
+        if kinds == ["Split", "ByteLevel"] and not uses_regex:
+            split = steps[0]
+            pattern = split["pattern"].get("Regex")
+            if pattern and split["behavior"] == "Isolated" and not split["invert"]:
+                return pattern
+    found = json.dumps(pre_tokenizer, ensure_ascii=False)[:200]
+    raise DataError(
+        f"{path}: pre_tokenizer is {found}; supported are Split(Regex, Isolated) + ByteLevel(use_regex false) "
+        "and ByteLevel(use_regex true), both with add_prefix_space false"
+    )
+
+
+def _is_nfc(path: Path, normalizer: dict[str, Any] | None) -> bool:
+    if normalizer is not None and normalizer != {"type": "NFC"}:
+        raise DataError(f"{path}: normalizer is {json.dumps(normalizer)[:200]}; supported are null and NFC")
+    return normalizer is not None
+
+
+def _prefix(path: Path, post_processor: dict[str, Any] | None) -> tuple[int, ...]:
+    """The ids before a text. What a template puts after a text is left to the caller (`eos_id`)."""
+    steps = post_processor.get("processors", [post_processor]) if post_processor else []
+    prefix: list[int] = []
+    for step in steps:
+        if step["type"] not in ("ByteLevel", "TemplateProcessing"):
+            raise DataError(f"{path}: post_processor is {step['type']}; supported: ByteLevel, TemplateProcessing")
+        for part in step.get("single", []):
+            if "Sequence" in part:
+                break
+            prefix += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    return tuple(prefix)
+
+
+def _named_token(
+    which: str,
+    config: dict[str, Any],
+    token_map: dict[str, Any],
+    generation: dict[str, Any],
+    texts: dict[int, str],
+) -> str | None:
+    for named in (config.get(f"{which}_token"), token_map.get(f"{which}_token")):
+        if named:
+            return named["content"] if isinstance(named, dict) else named
+    token_id = generation.get(f"{which}_token_id")
+    return texts.get(token_id[0] if isinstance(token_id, list) else token_id)
+
+
+def _chat_template(config: dict[str, Any], files: Mapping[str, bytes]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _config(eos: str, bos: str | None, chat_template: str | None) -> dict[str, Any]:
+    # By this class transformers takes tokenizer.json as it is. Not so beside a config.json of model_type qwen2:
+    # AutoTokenizer of transformers 5 then always cuts by Qwen2's pattern, after NFC. PreTrainedTokenizerFast itself
+    # still reads any of these folders.
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": eos,
+        "pad_token": eos,
+        "bos_token": bos,
+        "chat_template": chat_template,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _built_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of a tokenizer that came without any: bytes and tiktoken's."""
+    letters = {byte: letter for letter, byte in _byte_letters().items()}
+    by_id = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
+    spelled = {token: "".join(letters[byte] for byte in token) for token in by_id}
+    halves = [pair for token in by_id if len(token) > 1 and (pair := _halves(token, tokenizer.ranks))]
+    model = {
+        "type": "BPE",
+        "ignore_merges": True,  # as tiktoken: a piece that is a token is taken whole
+        "vocab": {spelled[token]: tokenizer.ranks[token] for token in by_id},
+        "merges": [[spelled[left], spelled[right]] for left, right in halves],
+    }
+    spec = _spec(model, tokenizer.pattern, tokenizer.nfc, tokenizer.special)
+    eos = next(text for text, token_id in tokenizer.special.items() if token_id == tokenizer.eos_id)
+    config = _config(eos, None, tokenizer.chat_template)
+    return {"tokenizer.json": _dump(spec), "tokenizer_config.json": _dump(config)}
+
+
+def _spec(model: dict[str, Any], pattern: str, nfc: bool, special: Mapping[str, int]) -> dict[str, Any]:
+    """A tokenizer.json."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    by_id = sorted(special, key=special.__getitem__)
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": special[text], "content": text, **flags} for text in by_id],
+        "normalizer": {"type": "NFC"} if nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
+        "model": model,
+    }
+
+
+def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The last merge that BPE does to make `token`; None if merging gets stuck before."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [(ranks.get(parts[i] + parts[i + 1]), i) for i in range(len(parts) - 1)]
+        known = [pair for pair in pairs if pair[0] is not None]
+        if not known:
+            return None
+        at = min(known)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    special_tokens: Sequence[str] = (ENDOFTEXT, IM_START, IM_END),
+    pattern: str = QWEN2_PATTERN,
+) -> Tokenizer:
+    """Byte-level BPE with at most `vocab_size` tokens: bytes, then merges, then `special_tokens`.
+
+    The first special token ends a document. A small text may have fewer merges than asked for: see `n_vocab`.
+    Text is brought to NFC, as Qwen2.5 does, so that transformers reads the saved files alike (see `_config`).
+    """
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    smallest = 256 + len(special_tokens)
+    if vocab_size < smallest or not special_tokens:
+        raise DataError(
+            f"vocab_size: expected at least {smallest} (256 bytes and one or more special tokens), "
+            f"got {vocab_size} with {len(special_tokens)} special tokens"
+        )
+    try:
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    except Exception as error:  # the binding raises no narrower type
+        raise DataError(f"pattern: {pattern!r} is not a regular expression ({_short(error)})") from error
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    size, alphabet = vocab_size - len(special_tokens), sorted(_byte_letters())
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(map(_without_surrogates, texts), trainer)
+    special = {token: bpe.get_vocab_size() + i for i, token in enumerate(special_tokens)}
+    spec = _spec(json.loads(bpe.to_str())["model"], pattern, True, special)
+    has_chat = {IM_START, IM_END} <= special.keys()
+    config = _config(special_tokens[0], None, CHATML_TEMPLATE if has_chat else None)
+    files = {"tokenizer.json": _dump(spec), "tokenizer_config.json": _dump(config)}
+    return _from_files("trained", files, Path("trained"), {})
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
+) -> tuple[list[int], list[int]]:
+    """ChatML ids, and a mask that is 1 on what an assistant has to write: its content and <|im_end|>.
+
+    `generate` ends with the open header of an assistant's turn. That header and the content are encoded apart,
+    as they are when a model writes the content, so training and sampling see the same ids.
+    """
+    start, end = tokenizer.special.get(IM_START), tokenizer.special.get(IM_END)
+    if start is None or end is None:
+        raise DataError(f'tokenizer "{tokenizer.name}": a chat needs the control tokens {IM_START} and {IM_END}')
+    turns = [_turn(index, message) for index, message in enumerate(messages)]
+    if not turns:
+        raise DataError("messages: expected at least one message, got none")
+    if turns[0][0] != "system" and tokenizer.default_system is not None:
+        turns.insert(0, ("system", tokenizer.default_system))
+    header = [start, *tokenizer.encode("assistant\n")]
+    newline = tokenizer.encode("\n")
+    ids: list[int] = []
+    mask: list[int] = []
+    for role, content in turns:
+        if role == "assistant":
+            given, learned = header, [*tokenizer.encode(content), end]
+        else:
+            given, learned = [start, *tokenizer.encode(f"{role}\n{content}"), end], []
+        ids += given + learned + newline
+        mask += [0] * len(given) + [1] * len(learned) + [0] * len(newline)
+    if generate:
+        ids += header
+        mask += [0] * len(header)
+    return ids, mask
+
+
+def _turn(index: int, message: Mapping[str, str]) -> tuple[str, str]:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in ("system", "user", "assistant"):
+        raise DataError(f"message {index}: expected role system, user or assistant, got {role!r}")
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise DataError(f"message {index} ({role}): expected content to be a string, got {content!r:.80}")
+    return role, content
+
+
+# C0 but tab and newline, DEL, C1, and the marks that turn the direction of writing.
+_UNSAFE = (set(range(0xA0)) - set(range(0x20, 0x7F)) - {0x09, 0x0A}) | {
+    *(0x061C, 0x200E, 0x200F),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+}
+_ESCAPES = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNSAFE}
+
+
+def escape_terminal(text: str) -> str:
+    """`text` with what could steer a terminal spelled out."""
+    return text.translate(_ESCAPES)
