@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from functools import partial
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from config import run_script
 from model import GPT, ModelConfig, RopeScaling, generate
-from tokenizer import DataError, Tokenizer, load_tokenizer
+from tokenizer import QWEN2_PATTERN, DataError, Tokenizer, load_tokenizer
 
 READ_BYTES = 2**26  # weights are read in pieces of this size (64 MiB), so that a load needs little more than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
@@ -272,7 +273,13 @@ def to_hf(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def resolve(source: str | Path) -> Path:
     """The folder that holds the weights of a source."""
-    folder = Path(source)
+    try:
+        return _resolve(Path(source))
+    except OSError as error:  # a name too long, a folder that is not ours to read
+        raise CheckpointError(f"{source}: {error.strerror}") from None
+
+
+def _resolve(folder: Path) -> Path:
     if (folder / "checkpoints").is_dir():
         steps = sorted(folder.glob("checkpoints/step-*/config.json"))
         if not steps:
@@ -282,9 +289,9 @@ def resolve(source: str | Path) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder}: expected a folder with a config.json or with checkpoints/")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return _download(str(source))
-    raise CheckpointError(f"{source}: no such folder, and not a hub id (OWNER/NAME)")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return _download(str(folder))
+    raise CheckpointError(f"{folder}: no such folder, and not a hub id (OWNER/NAME)")
 
 
 def _download(hub_id: str) -> Path:
@@ -301,7 +308,7 @@ def _download(hub_id: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -312,10 +319,11 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            files = [folder / name for name in names if Path(name).name == name]
-            if not names or len(files) < len(names):
-                raise CheckpointError(f"{index}: weight_map: expected names of files in the same folder, got {names}")
+            weight_map = _read_json(index).get("weight_map")
+            names = weight_map.values() if isinstance(weight_map, dict) else [None]
+            if not names or not all(isinstance(file, str) and Path(file).name == file for file in names):
+                raise CheckpointError(f"{index}: weight_map: expected names of files in the same folder")
+            files = [folder / file for file in sorted(set(names))]
         elif (folder / name).is_file():
             files = [folder / name]
         else:
@@ -330,29 +338,46 @@ def _weight_files(folder: Path) -> list[Path]:
 Reader = Callable[[torch.dtype | None, torch.device], Tensor]
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Size, Reader]]:
-    """(name, shape, how to read it) of every tensor in a file; no weights are read yet."""
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor, Reader]]:
+    """(name, a tensor without contents, how to read it) of every tensor in a file; no weights are read yet."""
     if file.suffix != ".safetensors":
         for name, tensor in _load_pickle(file).items():
-            yield name, tensor.shape, lambda dtype, device, t=tensor: t.to(device, dtype, copy=True)
+            read = partial(_copied, tensor)
+            yield name, torch.empty_like(tensor, device="meta"), read
         return
     try:
         with safe_open(file, framework="pt") as opened:
-            shapes = {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            empty = {name: _without_contents(s.get_shape(), s.get_dtype()) for name, s in found.items()}
+            del found  # these hold the file's memory map
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {str(error).splitlines()[0]}") from None
-    for name, shape in shapes.items():
-        yield name, shape, partial(_read_tensor, file, name, shape)
+    for name, tensor in empty.items():
+        yield name, tensor, partial(_read_tensor, file, name, tensor.shape)
+
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _without_contents(shape: list[int], dtype: str) -> Tensor:
+    """Whatever is no plain float becomes an int here, and is refused by name later."""
+    return torch.empty(shape, dtype=_FLOATS.get(dtype, torch.int8), device="meta")
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    return tensor.to(device, dtype, copy=True)
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a GPT-2-era file. torch refuses, without running it, whatever is not a plain tensor."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # torch before 1.6 wrote no zip files, and only those can be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the refusals of torch's unpickler have no common class
-        raise CheckpointError(f"{file}: refused, it holds more than tensors: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{file}: expected a dictionary of tensors")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{file}: refused, not readable as plain tensors: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CheckpointError(f"{file}: refused, expected a dictionary of tensors")
     return state
 
 
@@ -401,8 +426,12 @@ def load_model(
         raise CheckpointError(f"{folder}: does not fit: {'; '.join(problems)} (--allow_mismatch loads what fits)")
     for problem in problems:
         warn(f"{folder}: {problem}")
+    dtypes = {tensor.dtype for tensor in state.values()}
+    if len(dtypes) > 1:  # as stored, but all alike: half a layer in bf16 cannot be computed
+        widest = max(dtypes, key=lambda kind: kind.itemsize)
+        state = {name: tensor.to(widest) for name, tensor in state.items()}
     if len(state) < len(model.state_dict()):
-        fresh = GPT(cfg).to(device=device, dtype=dtype).state_dict()
+        fresh = GPT(cfg).to(device=device, dtype=next(iter(state.values())).dtype if state else dtype).state_dict()
         state = {name: state.get(name, tensor) for name, tensor in fresh.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True).eval(), tokenizer
@@ -414,27 +443,43 @@ def _read_state(
     """(tensors that fit the model, problems)."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
-    unexpected, shapes, tied_head = [], [], None
+    seen: set[str] = set()
+    unexpected, twice, shapes, tied_head = [], [], [], None
     for file in _weight_files(folder):
-        for stored, shape, read in _tensors(file):
-            parts = {name: t.shape for name, t in from_hf(kind, stored, torch.empty(shape, device="meta"))}
+        for stored, empty, read in _tensors(file):
+            parts = _parts(kind, stored, empty)
             if stored == "lm_head.weight" and stored not in expected:
                 tied_head = read  # stored twice although tied: it must be the same matrix
-            elif not parts.keys() <= expected.keys():
+                continue
+            if seen & parts.keys():
+                twice.append(stored)
+            seen |= parts.keys()
+            if not parts.keys() <= expected.keys():
                 unexpected.append(stored)
-            elif wrong := [name for name in parts if parts[name] != expected[name]]:
-                shapes += [f"{name} {tuple(parts[name])} instead of {tuple(expected[name])}" for name in wrong]
+            elif wrong := [name for name, part in parts.items() if part.shape != expected[name]]:
+                shapes += [f"{name} {tuple(parts[name].shape)} instead of {tuple(expected[name])}" for name in wrong]
+            elif parts and not empty.is_floating_point():
+                shapes.append(f"{stored}, which does not hold numbers of 16, 32 or 64 bits with a point")
             elif parts:
                 state.update((name, t.contiguous()) for name, t in from_hf(kind, stored, read(dtype, device)))
     embedding = state.get("model.embed_tokens.weight")
     if tied_head is not None and embedding is not None and not torch.equal(tied_head(dtype, device), embedding):
         shapes.append("lm_head.weight, which differs from the embedding although tie_word_embeddings is true")
     listed = {
-        "missing": [name for name in expected if name not in state and not any(name in text for text in shapes)],
+        "missing": [name for name in expected if name not in seen],
         "unexpected": unexpected,
+        "twice": twice,
         "mis-shaped": shapes,
     }
     return state, [f"{what}: {', '.join(names)}" for what, names in listed.items() if names]
+
+
+def _parts(kind: str, stored: str, empty: Tensor) -> dict[str, Tensor]:
+    """What a stored tensor becomes here. One that cannot be cut as it should keeps its name, and fits nowhere."""
+    try:
+        return dict(from_hf(kind, stored, empty))
+    except (RuntimeError, ValueError):
+        return {stored: empty}
 
 
 def _read_tokenizer(folder: Path, hf: dict[str, Any], cfg: ModelConfig, problems: list[str]) -> Tokenizer | None:
@@ -446,8 +491,8 @@ def _read_tokenizer(folder: Path, hf: dict[str, Any], cfg: ModelConfig, problems
         raise CheckpointError(str(error)) from None
     if tokenizer.n_vocab > cfg.vocab_size:
         problems.append(f"tokenizer: its ids go up to {tokenizer.n_vocab - 1}, the model has {cfg.vocab_size}")
-    recorded = hf.get("tokenizer_hash")
-    if recorded and recorded != tokenizer.hash:
+    recorded = str(hf.get("tokenizer_hash") or tokenizer.hash)
+    if recorded != tokenizer.hash:
         problems.append(f"tokenizer: the model was trained with {recorded[:12]}, the folder has {tokenizer.hash[:12]}")
     return tokenizer
 
@@ -508,8 +553,11 @@ def export(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, dtype: t
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: expected a new or empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         write_folder(model, tokenizer, unfinished, dtype)
         unfinished.chmod(0o755)  # mkdtemp's folders are private
@@ -533,6 +581,8 @@ def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
         raise CheckpointError("parity needs transformers: pip install transformers") from None
     folder = resolve(source)
     ours, tokenizer = load_model(folder, device, torch.float32)
+    if hf_model_type(ours.cfg) == OWN_TYPE:
+        raise CheckpointError(f"{folder}: transformers has no class for this shape, so there is nothing to compare")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     prompt = torch.randint(ours.cfg.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
     new_tokens = min(_GREEDY_TOKENS, ours.cfg.max_position_embeddings - prompt.shape[1])
@@ -600,6 +650,23 @@ def _print_parity(source: str, result: dict[str, Any]) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+def _devices() -> list[str]:
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [name for name, there in present.items() if there]
+
+
+def _autotokenizer_note(model: GPT, tokenizer: Tokenizer | None) -> str:
+    """transformers 5 gives every folder of model_type qwen2 Qwen2's own split pattern and normaliser."""
+    if tokenizer is None or hf_model_type(model.cfg) != "qwen2":
+        return ""
+    if tokenizer.nfc and tokenizer.pattern == QWEN2_PATTERN:
+        return ""
+    return (
+        "\nnote: AutoTokenizer takes Qwen2's split pattern for this model_type, which is not this tokenizer's; "
+        "PreTrainedTokenizerFast.from_pretrained reads it as it is"
+    )
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python checkpoint.py", description="Weights in, weights out.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -607,7 +674,7 @@ def main(argv: list[str]) -> int:
     write = commands.add_parser("export", help="write a folder that transformers loads unchanged")
     for command in (compare, write):
         command.add_argument("source", help="Hugging Face folder, checkpoint, run folder or hub id")
-    compare.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    compare.add_argument("--device", default="cpu", choices=_devices(), help="default: cpu")
     write.add_argument("folder", help="a new folder")
     write.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     args = parser.parse_args(argv)
@@ -617,7 +684,8 @@ def main(argv: list[str]) -> int:
         return 0 if result["equal"] else 1
     model, tokenizer = load_model(args.source)
     export(model, tokenizer, args.folder, getattr(torch, args.dtype) if args.dtype else None)
-    print(f"wrote {args.folder}: AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it")
+    print(f"wrote {args.folder}: AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it"
+          + _autotokenizer_note(model, tokenizer))  # fmt: skip
     return 0
 
 

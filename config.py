@@ -8,6 +8,7 @@ A new key is one more field of a section's dataclass and one more commented line
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -41,11 +42,73 @@ class RunConfig:
     seed: int = 1337
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dir: str = "runs/base"
+    resume: Literal["auto", "never", "must"] = "auto"
+    keep: int = 2
+    save_every: int = 250
+    allow_change: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "seed", "0 .. 2**63 - 1", self.seed)
         known = re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", self.device)
         _require(known, "device", "auto, cpu, mps, cuda or cuda:N", self.device)
+        _require(self.dir.strip(), "dir", "a folder", self.dir)
+        _require(self.keep >= 1, "keep", "1 or more", self.keep)
+        _require(self.save_every >= 1, "save_every", "1 or more", self.save_every)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 600
+    seq_len: int = 256
+    batch_tokens: int = 4096
+    micro_batch: int | Literal["auto"] = "auto"
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "cosine"
+    warmup_steps: int = 50
+    decay_share: float = 0.2
+    floor: float = 0.1
+    plateau_factor: float = 0.5
+    plateau_patience: int = 2
+    plateau_threshold: float = 1e-3
+    plateau_cooldown: int = 0
+    z_loss: float = 0.0
+    checkpoint_activations: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    eval_every: int = 200
+    eval_tokens: int = 65_536
+    log_every: int = 10
+    sample_tokens: int = 100
+    skip_limit: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len", "batch_tokens", "eval_every", "eval_tokens", "log_every"):
+            _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        for name in ("warmup_steps", "sample_tokens", "weight_decay", "z_loss", "skip_limit", "plateau_patience"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("lr", "eps", "clip", "plateau_threshold"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("beta1", "beta2", "decay_share", "floor"):
+            _require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
+        _require(0 < self.plateau_factor < 1, "plateau_factor", "between 0 and 1", self.plateau_factor)
+        _require(self.plateau_cooldown >= 0, "plateau_cooldown", "0 or more", self.plateau_cooldown)
+        _require(self.warmup_steps <= self.steps, "warmup_steps", f"at most steps {self.steps}", self.warmup_steps)
+        rows = self.batch_tokens % self.seq_len
+        _require(rows == 0, "batch_tokens", f"a multiple of seq_len {self.seq_len}", self.batch_tokens)
+        _require(
+            self.micro_batch == "auto" or self.micro_batch >= 1, "micro_batch", "auto or 1 and more", self.micro_batch
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimizer step, over all micro-batches and ranks."""
+        return self.batch_tokens // self.seq_len
 
 
 @dataclass(frozen=True)
@@ -95,6 +158,7 @@ class Config:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    train: TrainConfig
     infer: InferConfig
 
 
@@ -132,8 +196,12 @@ def check(cfg: Config, world_size: int = 1) -> None:
     on_cpu = kind == "cpu" or (kind == "auto" and not any(present.values()))
     if on_cpu and cfg.run.dtype == "float16":
         raise ConfigError(f"run.dtype: float16 needs a GPU, got run.device {cfg.run.device!r} (try float32)")
-    if world_size < 1:
-        raise ConfigError(f"world size: expected 1 or more, got {world_size}")
+    if cfg.train.rows % world_size:
+        rows = f"{cfg.train.rows} rows a step (batch_tokens / seq_len)"
+        raise ConfigError(f"train.batch_tokens: {rows} cannot be shared by {world_size} ranks")
+    if cfg.train.seq_len > cfg.model.context:
+        longest = f"at most the model's context of {cfg.model.context}"
+        raise ConfigError(f"train.seq_len: expected {longest}, got {cfg.train.seq_len}")
 
 
 # --- the file --------------------------------------------------------------------------------------------------
@@ -458,11 +526,21 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
-            code = 8 if _is_out_of_memory(error) else 7 if isinstance(error, FloatingPointError) else None
+            code = _code_of(error)
         if code is None:
             raise
         print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _code_of(error: Exception) -> int | None:
+    """The exit code of an error that is not one of ours; None: a defect, which deserves its traceback."""
+    if _is_out_of_memory(error):
+        return 8
+    if isinstance(error, FloatingPointError):
+        return 7
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return 6 if full else None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

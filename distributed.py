@@ -1,8 +1,28 @@
-"""The machine: which device computes, and in which precision."""
+"""The machine: device, precision, and the ranks of a torchrun world. A world of one needs none of torch.distributed."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int  # of this process among all
+    local_rank: int  # on this machine
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,3 +49,58 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if features.get("amx_bf16") or features.get("avx512_bf16"):
         return torch.bfloat16, "this CPU has bf16 instructions"
     return torch.float32, "this CPU has no bf16 instructions"
+
+
+def start(device: str) -> World:
+    """Join the world that torchrun has set up in the environment; without one, a world of this process alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 0, 1, pick_device(device))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(dist.get_rank(), local_rank, size, chosen)
+
+
+def stop(world: World) -> None:
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def wrap(objective: nn.Module, world: World) -> nn.Module:
+    """The module that is minimised, so wrapped that gradients are averaged over the ranks."""
+    if world.size == 1:
+        return objective
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=devices)
+
+
+@contextmanager
+def sync_gradients(module: nn.Module, now: bool) -> Iterator[None]:
+    """Average gradients over the ranks only in the backward of a step's last micro-batch."""
+    silent = isinstance(module, DistributedDataParallel) and not now
+    with module.no_sync() if silent else nullcontext():
+        yield
+
+
+def total(value: Tensor, world: World) -> Tensor:
+    """The sum over all ranks."""
+    if world.size > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on any rank; all ranks get the same answer at the same step."""
+    if world.size == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=world.device)
+    return bool(total(value, world) > 0)
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()

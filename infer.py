@@ -201,10 +201,15 @@ def forget_oldest(session: Session, turns: list[dict[str, str]]) -> list[dict[st
 
 
 def main(argv: list[str]) -> None:
+    for pipe in (sys.stdin, sys.stdout, sys.stderr):  # a locale of ASCII must not end an answer in its middle
+        if pipe is not None:
+            pipe.reconfigure(errors="replace" if pipe is sys.stdin else "backslashreplace")
     cfg = load_config(
         argv, "infer", usage="python infer.py [FILE.yaml] --prompt TEXT [--ckpt SOURCE] [--key=value ...]"
     )
     prompts = [] if cfg.infer.chat else read_prompts(cfg)
+    if cfg.infer.num_beams > 1 and cfg.infer.num_samples > 1:
+        raise ConfigError("infer.num_samples: expected 1 with num_beams: beams draw nothing, so all would be alike")
     session = Session(cfg)
     try:
         if cfg.infer.chat:

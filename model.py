@@ -42,6 +42,11 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_number(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _require(number and 0 < value < math.inf, f"{name}: expected a number > 0, got {value!r}")
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary angles are stretched beyond the context that the weights were trained with.
@@ -64,9 +69,15 @@ class RopeScaling:
     def __post_init__(self) -> None:
         kinds = ("linear", "dynamic", "yarn", "llama3")
         _require(self.rope_type in kinds, f"rope_type: expected one of {kinds}, got {self.rope_type!r}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            _require_number(f"rope_scaling.{name}", getattr(self, name))
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                _require_number(f"rope_scaling.{name}", getattr(self, name))
         _require(self.factor >= 1.0, f"rope_scaling.factor: expected >= 1, got {self.factor}")
         original = self.original_max_position_embeddings
-        _require(original is None or original > 0, f"original_max_position_embeddings: expected > 0, got {original}")
+        whole = original is None or (type(original) is int and original > 0)
+        _require(whole, f"original_max_position_embeddings: expected an integer > 0, got {original!r}")
         _require(
             self.high_freq_factor > self.low_freq_factor > 0,
             f"expected high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and {self.low_freq_factor}",
@@ -103,7 +114,8 @@ class ModelConfig:
         sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
         for name in (*sizes.split(), "max_position_embeddings"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, f"{name}: expected an integer > 0, got {value!r}")
+            whole = type(value) is int and 0 < value < 2**40  # torch has no larger sizes to give
+            _require(whole, f"{name}: expected an integer > 0, got {value!r}")
         for name in ("tie_word_embeddings", "qkv_bias", "qk_norm", "bias", "j_branch", "j_bias"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name}: expected true or false, got {value!r}")
@@ -117,14 +129,16 @@ class ModelConfig:
                 hidden % heads == 0,
                 f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) unless head_dim is given",
             )
-        _require(self.head_dim is None or self.head_dim > 0, f"head_dim: expected > 0, got {self.head_dim}")
+        whole = self.head_dim is None or (type(self.head_dim) is int and self.head_dim > 0)
+        _require(whole, f"head_dim: expected an integer > 0, got {self.head_dim!r}")
         if self.positions == "rope":
             _require(
                 self.head_size % 2 == 0, f"head_dim: expected an even number for rotary pairs, got {self.head_size}"
             )
         else:
             _require(self.rope_scaling is None, "rope_scaling: expected null with positions: learned")
-        _require(self.rope_theta > 0, f"rope_theta: expected > 0, got {self.rope_theta}")
+        _require_number("rope_theta", self.rope_theta)
+        _require(self.rope_theta > 1, f"rope_theta: expected > 1, got {self.rope_theta}")
         _require(0 < self.rms_norm_eps < 1, f"rms_norm_eps: expected 0 < eps < 1, got {self.rms_norm_eps}")
         _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, got {self.dropout}")
         for name, kinds in (
@@ -143,13 +157,17 @@ class ModelConfig:
     def original_context(self) -> int:
         """Positions that the weights were trained with, before any rotary scaling."""
         scaling = self.rope_scaling
-        return (scaling and scaling.original_max_position_embeddings) or self.max_position_embeddings
+        if scaling is None or scaling.rope_type == "dynamic":  # which looks at max_position_embeddings alone
+            return self.max_position_embeddings
+        return scaling.original_max_position_embeddings or self.max_position_embeddings
 
     @property
     def context(self) -> int:
         """The longest row that the model is meant for, scaling included."""
-        stretched = self.original_context * self.rope_scaling.factor if self.rope_scaling else 0
-        return max(self.max_position_embeddings, int(stretched))
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type == "llama3":  # whose configurations name the stretched length
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(self.original_context * scaling.factor))
 
 
 # --- rotary positions -------------------------------------------------------------------------------------------------
@@ -242,6 +260,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
+# Where the tokens of a call go: behind so many, in all rows alike, or (rows, tokens, slots) one by one.
+Place = int | tuple[Tensor, Tensor, Tensor]
+
+
 class KVCache:
     """Keys and values of one request: an argument of the forward, owned by the request, gone with it.
 
@@ -251,7 +273,7 @@ class KVCache:
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype | None = None, length: int | None = None):
-        self.length = length or cfg.max_position_embeddings  # the most tokens that a row will ever hold
+        self.length = length or cfg.context  # the most tokens that a row will ever hold
         self.dtype = dtype  # None: that of the keys as computed
         self.lengths = [0] * batch  # on the host, so that choosing a kernel needs no device sync
         self.capacity = 0
@@ -264,17 +286,17 @@ class KVCache:
 
     def reserve(self, slots: int) -> None:
         """Make room for rows of `slots` tokens."""
-        _require(slots <= self.length, f"the cache is made for {self.length} tokens a row, this call needs {slots}")
+        if slots > self.length:
+            raise ValueError(f"the cache is made for {self.length} tokens a row, this call needs {slots}")
         if slots > self.capacity:
             self.capacity = min(max(slots, 2 * self.capacity), self.length)
 
-    def write(self, layer: int, k: Tensor, v: Tensor, starts: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Put k, v [B, K, T, D] behind each row's tokens; return all keys and values so far, [B, K, S, D] each."""
-        slots = max(self.lengths) + k.shape[2]
+    def write(self, layer: int, k: Tensor, v: Tensor, place: Place, slots: int) -> tuple[Tensor, Tensor]:
+        """Put k, v [B, K, T, D] in their place; return the first `slots` of all keys and values, [B, K, S, D] each."""
         out = []
         for held, new in ((self._keys, k), (self._values, v)):
             held[layer] = self._grown(held[layer], new)
-            _put(held[layer], new.detach(), starts)
+            _put(held[layer], new, place)
             out.append(held[layer][:, :, :slots].to(new.dtype))
         return out[0], out[1]
 
@@ -303,7 +325,7 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Forget everything from position `length` on."""
-        self.lengths = [min(length, held) for held in self.lengths]
+        self.lengths = [min(max(length, 0), held) for held in self.lengths]
 
     def free(self) -> None:
         """Give the memory back and start over."""
@@ -311,16 +333,15 @@ class KVCache:
         self._keys, self._values = [None] * len(self._keys), [None] * len(self._values)
 
 
-def _put(cache: Tensor, new: Tensor, starts: Tensor | int) -> None:
+def _put(cache: Tensor, new: Tensor, place: Place) -> None:
     if cache.dtype == torch.float16 and new.dtype != torch.float16:
         largest = torch.finfo(torch.float16).max
         new = new.clamp(-largest, largest)  # saturate: an inf in the cache would become NaN in the softmax
-    tokens = new.shape[2]
-    if isinstance(starts, int):
-        cache[:, :, starts : starts + tokens] = new
+    if isinstance(place, int):
+        cache[:, :, place : place + new.shape[2]] = new
     else:
-        slots = starts[:, None] + torch.arange(tokens, device=new.device)  # [B, T]
-        cache.scatter_(2, slots[:, None, :, None].expand_as(new), new.to(cache.dtype))
+        rows, tokens, slots = place
+        cache[rows, :, slots] = new[rows, :, tokens].to(cache.dtype)
 
 
 # --- who may look at whom ---------------------------------------------------------------------------------------------
@@ -334,11 +355,11 @@ class Context(NamedTuple):
     positions: Tensor  # [B|1, T], for rotary angles and learned positions
     cos: Tensor | None  # [B|1, 1, T, D/2]
     sin: Tensor | None
-    causal: bool  # plain causality over the tokens of this call: the fused kernel, no mask
-    mask: Tensor | None  # bool [B|1, 1, T, S], true where a query may look at a key
+    mask: Tensor | None  # bool [B|1, 1, T, S], true where a query may look at a key; None: plain causality
     alive: Tensor | None  # bool [B|1, 1, T, 1], false for a query that may look at nothing; None: all may
     cache: KVCache | None
-    starts: Tensor | int  # first slot of this call: one for all rows, or [B]
+    place: Place  # of the new tokens in the cache
+    keys: int  # S
 
 
 def _boolean_mask(mask: Tensor) -> Tensor:
@@ -356,22 +377,20 @@ def _boolean_mask(mask: Tensor) -> Tensor:
 
 def _mask_from_tensor(mask: Tensor, q_slots: Tensor, keys: int, batch: int) -> tuple[Tensor, Tensor | None]:
     """(bool [B|1, 1, T|1, S], bool [B|1, S] if it only speaks of keys), cut out at absolute positions."""
-    shape, last = tuple(mask.shape), int(q_slots.max()) + 1
+    shape = tuple(mask.shape)
     mask = _boolean_mask(mask)
     if mask.dim() == 2:
         mask = mask[:, None, None, :]
     legal = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1 and mask.shape[3] >= keys
-    legal = legal and (mask.shape[2] == 1 or mask.shape[2] >= last)
-    rows, size = f"{{1 or {batch}}}", f"at least {keys}"
-    _require(
-        legal,
-        f"attn_mask: expected ({rows}, S), ({rows}, 1, 1, S) or ({rows}, 1, S, S) with S {size}, got {shape}",
-    )
+    if not legal or 1 < mask.shape[2] < keys:
+        forms = "(B, S), (B, 1, 1, S) or (B, 1, S, S)"
+        raise ValueError(f"attn_mask: expected {forms} with B 1 or {batch} and S at least {keys}, got {shape}")
     mask = mask[..., :keys]
     if mask.shape[2] == 1:
         return mask, mask[:, 0, 0]
+    # Rows behind the last key are those of padding, whose output nobody reads.
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
-    return mask[rows, 0, q_slots][:, None], None
+    return mask[rows, 0, q_slots.clamp(max=keys - 1)][:, None], None
 
 
 def _document_runs(documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,30 +402,42 @@ def _document_runs(documents: Tensor) -> tuple[Tensor, Tensor]:
     return starts.cumsum(dim=1), index - first
 
 
+def _even(cached: list[int], tokens: int, keys: int) -> bool:
+    """Whether all rows are at the same place and the longest fills the call: then slices do for indices."""
+    return len(set(cached)) == 1 and keys == cached[0] + tokens
+
+
+def _place(cached: list[int], counts: list[int], tokens: int, keys: int, device: torch.device) -> Place:
+    if _even(cached, tokens, keys):
+        return cached[0]  # padding behind shorter rows is written too, and written over by their next tokens
+    listed = [(row, i, cached[row] + i) for row, count in enumerate(counts) for i in range(count)]
+    rows, new, slots = torch.tensor(listed, dtype=torch.long, device=device).view(-1, 3).unbind(1)
+    return rows, new, slots
+
+
 def _who_sees_whom(
-    batch: int,
-    tokens: int,
-    counts: Sequence[int],
-    cached: Sequence[int],
+    tokens: Tensor,
+    counts: list[int],
+    cached: list[int],
+    keys: int,
     attn_mask: Tensor | MaskRule | None,
     documents: Tensor | None,
     allow_future: bool,
-    device: torch.device,
-) -> tuple[Tensor, Tensor | int, bool, Tensor | None]:
-    """(positions, starts, causal, mask) of a call with `counts` new tokens behind `cached` ones, row by row."""
-    uniform = len(set(cached)) == 1
-    starts = cached[0] if uniform else torch.tensor(cached, device=device)
-    first = torch.tensor([cached[0]] if uniform else cached, device=device)
-    q_slots = first[:, None] + torch.arange(tokens, device=device)  # [B|1, T]
-    keys = max(cached) + tokens
-    plain = attn_mask is None and documents is None and not allow_future
-    if plain and uniform and (tokens == 1 or cached[0] == 0):
-        return q_slots, starts, tokens > 1, None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(positions, mask, alive) of tokens [B, T], `counts` of them real, behind `cached` ones; `keys` in all."""
+    (batch, count), device = tokens.shape, tokens.device
+    first = torch.tensor(cached[:1] if len(set(cached)) == 1 else cached, device=device)
+    q_slots = first[:, None] + torch.arange(count, device=device)  # [B|1, T]
+    custom = attn_mask is not None or allow_future
+    plain = not custom and documents is None and (count == 1 or cached[0] == 0)
+    if plain and _even(cached, count, keys):
+        return q_slots, None, None
 
     k_slots = torch.arange(keys, device=device)
-    # Bottom-right aligned: query i of a call looks at everything cached and at the new keys up to i.
-    end = first + torch.tensor(counts, device=device) - 1  # [B], last real token: behind it lies padding
-    seen = end[:, None].expand(-1, tokens) if allow_future else q_slots
+    seen = q_slots  # bottom-right aligned: query i of a call looks at everything cached and at the new keys up to i
+    if allow_future:  # at all real keys
+        ends = [held + new - 1 for held, new in zip(cached, counts, strict=True)]
+        seen = torch.tensor(ends, device=device)[:, None].expand(-1, count)
     mask = k_slots <= seen[:, None, :, None]  # [B|1, 1, T, S]
     positions = q_slots
     if callable(attn_mask):
@@ -417,11 +448,17 @@ def _who_sees_whom(
         mask = mask & allowed
         if real_keys is not None:  # padding on the left: positions count real tokens only
             counted = (real_keys.long().cumsum(dim=1) - 1).clamp(min=0)
-            positions = counted.gather(1, q_slots.expand(len(counted), -1)) if uniform else counted.gather(1, q_slots)
+            rows = torch.arange(len(counted), device=device)[:, None]
+            positions = counted[rows, q_slots.clamp(max=keys - 1)]
     if documents is not None:
         runs, positions = _document_runs(documents)
         mask = mask & (runs[:, None, :, None] == runs[:, None, None, :])
-    return positions, starts, False, mask
+    if not custom:
+        return positions, mask, None
+    # A query that may look at nothing looks at everything, and its output is then replaced by zeros: a softmax over
+    # nothing would be NaN, in the backward also for its neighbours.
+    alive = mask.any(-1, keepdim=True)
+    return positions, mask | ~alive, alive
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -455,7 +492,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context, dropout: float) -> Ten
         y = y.reshape(batch, heads, 1, size)
     else:
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=ctx.mask, dropout_p=dropout, is_causal=ctx.causal, enable_gqa=heads != k.shape[1]
+            q, k, v, attn_mask=ctx.mask, dropout_p=dropout, is_causal=ctx.mask is None, enable_gqa=heads != k.shape[1]
         )
     return y if ctx.alive is None else torch.where(ctx.alive, y, 0)
 
@@ -470,10 +507,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=biased)
         self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=biased)
         self.o_proj = nn.Linear(q_size, cfg.hidden_size, bias=cfg.bias)
-        if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_size, cfg.rms_norm_eps)
-            self.k_norm = RMSNorm(cfg.head_size, cfg.rms_norm_eps)
-        self.qk_norm = cfg.qk_norm
+        self.q_norm = RMSNorm(cfg.head_size, cfg.rms_norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_size, cfg.rms_norm_eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """[B, T, E] -> [B, T, E]"""
@@ -481,12 +516,11 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if ctx.cos is not None:
             q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if ctx.cache is not None:
-            k, v = ctx.cache.write(self.layer, k, v, ctx.starts)
+            k, v = ctx.cache.write(self.layer, k, v, ctx.place, ctx.keys)
         y = attend(q, k, v, ctx, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -567,6 +601,15 @@ class Output(NamedTuple):
     stats: dict[str, Tensor]
 
 
+def _counts(tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
+    """How many tokens of each row are real. On the host, so that choosing a kernel needs no device sync."""
+    batch, count = tokens.shape
+    counts = [count] * batch if lengths is None else [int(n) for n in lengths]
+    if len(counts) != batch or min(counts) < 0 or max(counts) > count:
+        raise ValueError(f"lengths: expected {batch} of 0 to {count}, got {counts}")
+    return counts
+
+
 class GPT(nn.Module):
     def __init__(self, cfg: ModelConfig, routers: dict[int, nn.Module] | None = None):
         super().__init__()
@@ -591,6 +634,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         attn_mask: Tensor | MaskRule | None = None,
         allow_future: bool = False,
+        length: int | None = None,
     ) -> Output:
         """Run tokens [B, T] and return logits, or with targets [B, T] (already shifted, -100: none) the summed loss.
 
@@ -598,9 +642,12 @@ class GPT(nn.Module):
         documents  [B, T] ids; tokens of different documents do not see each other, positions restart
         attn_mask  who may look at whom, by absolute position: bool or additive, (B, S), (B, 1, 1, S), (B, 1, S, S),
                    or a rule (row, query, key) -> bool. It restricts causality; with allow_future it replaces it
+        length     what the rows will grow to, which dynamic rotary scaling looks at; None: the cache's length, or T
         """
-        _require(tokens.dim() == 2, f"tokens: expected shape (B, T), got {tuple(tokens.shape)}")
-        ctx, counts = self._context(tokens, cache, lengths, documents, attn_mask, allow_future)
+        if tokens.dim() != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens: expected shape (B, T) with at least one token, got {tuple(tokens.shape)}")
+        counts = _counts(tokens, lengths)
+        ctx = self._context(tokens, counts, cache, documents, attn_mask, allow_future, length)
         x = self.model.embed_tokens(tokens)
         if self.cfg.positions == "learned":
             x = x + self.model.embed_positions(ctx.positions)
@@ -620,10 +667,8 @@ class GPT(nn.Module):
         if targets is None:
             return Output(hidden, self.logits(self._last(hidden, counts, cache)), None, None, penalties, stats)
         if lengths is not None:
-            padding = torch.arange(tokens.shape[1], device=tokens.device) >= torch.tensor(counts)[:, None].to(
-                tokens.device
-            )
-            targets = targets.masked_fill(padding, IGNORE)
+            ends = torch.tensor(counts, device=tokens.device)[:, None]
+            targets = targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= ends, IGNORE)
         loss, square = self._summed_loss(hidden, targets)
         if self.z_loss:
             penalties["z_loss"] = square
@@ -660,40 +705,45 @@ class GPT(nn.Module):
     def _context(
         self,
         tokens: Tensor,
-        cache: KVCache | None,
-        lengths: Sequence[int] | Tensor | None,
-        documents: Tensor | None,
-        attn_mask: Tensor | MaskRule | None,
-        allow_future: bool,
-    ) -> tuple[Context, list[int]]:
-        batch, count = tokens.shape
-        counts = [count] * batch if lengths is None else [int(n) for n in lengths]
-        _require(len(counts) == batch, f"lengths: expected {batch} of them, got {len(counts)}")
-        _require(all(0 <= n <= count for n in counts), f"lengths: expected 0 to {count}, got {counts}")
-        cached = [0] * batch
+        counts: list[int],
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        attn_mask: Tensor | MaskRule | None = None,
+        allow_future: bool = False,
+        length: int | None = None,
+    ) -> Context:
+        count = keys = tokens.shape[1]
+        cached = [0] * len(tokens)
+        longest = max(counts)
         if cache is not None:
-            _require(not self.training, "a cache is for inference: call model.eval() first")
-            _require(documents is None, "documents and a cache cannot be combined: a request is one document")
-            _require(len(cache.lengths) == batch, f"the cache has {len(cache.lengths)} rows, the tokens {batch}")
+            self._check_cache(cache, tokens, documents)
             cached = cache.lengths
-            cache.reserve(max(cached) + count)
-        reach = max(cached) + count
-        if self.cfg.positions == "learned":
-            table = self.cfg.max_position_embeddings
-            _require(reach <= table, f"{reach} tokens in a row, but max_position_embeddings is {table}")
-        positions, starts, causal, mask = _who_sees_whom(
-            batch, count, counts, cached, attn_mask, documents, allow_future, tokens.device
-        )
-        cos = sin = alive = None
+            keys = longest = max(held + new for held, new in zip(cached, counts, strict=True))
+            cache.reserve(keys)
+        positions, mask, alive = _who_sees_whom(tokens, counts, cached, keys, attn_mask, documents, allow_future)
+        cos = sin = None
+        reach = max(cached) + count  # padding included: it has positions too
         if self.cfg.positions == "rope":
-            cos, sin = self.rope.tables(self.cfg, reach, cache.length if cache else reach, tokens.device)
+            length = length or (cache.length if cache is not None else reach)
+            cos, sin = self.rope.tables(self.cfg, reach, length, tokens.device)
             cos, sin = cos[positions][:, None], sin[positions][:, None]
-        if mask is not None and (attn_mask is not None or allow_future):
-            # A query that may look at nothing looks at everything, and its output is then replaced by zeros: a softmax
-            # over nothing would be NaN, in the backward also for its neighbours.
-            alive = mask.any(-1, keepdim=True)
-            mask = mask | ~alive
-        return Context(positions, cos, sin, causal, mask, alive, cache, starts), counts
+        elif longest > self.cfg.max_position_embeddings:
+            table = self.cfg.max_position_embeddings
+            raise ValueError(f"{longest} tokens in a row, but max_position_embeddings is {table}")
+        else:
+            positions = positions.clamp(max=self.cfg.max_position_embeddings - 1)  # of padding
+        place = _place(cached, counts, count, keys, tokens.device)
+        return Context(positions, cos, sin, mask, alive, cache, place, keys)
+
+    def _check_cache(self, cache: KVCache, tokens: Tensor, documents: Tensor | None) -> None:
+        if self.training:
+            raise ValueError("a cache is for inference: call model.eval() first")
+        if torch.is_grad_enabled():
+            raise ValueError("a cache holds no gradients: call the model under torch.no_grad()")
+        if documents is not None:
+            raise ValueError("documents and a cache cannot be combined: a request is one document")
+        if len(cache.lengths) != len(tokens):
+            raise ValueError(f"the cache has {len(cache.lengths)} rows, the tokens {len(tokens)}")
 
     @staticmethod
     def _last(hidden: Tensor, counts: Sequence[int], cache: KVCache | None) -> Tensor:
@@ -705,10 +755,8 @@ class GPT(nn.Module):
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, summed squares of log Z); at most LOGITS_PER_CHUNK logits exist at a time."""
-        _require(
-            targets.shape == hidden.shape[:2],
-            f"targets: expected {tuple(hidden.shape[:2])}, got {tuple(targets.shape)}",
-        )
+        if targets.shape != hidden.shape[:2]:
+            raise ValueError(f"targets: expected {tuple(hidden.shape[:2])}, got {tuple(targets.shape)}")
         rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
         parts = list(zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True))
         if len(parts) == 1 or not torch.is_grad_enabled():
@@ -794,7 +842,8 @@ class Sampling:
         object.__setattr__(self, "banned", tuple(self.banned))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for name in ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram_size", "temperature", "top_p"):
-            value = getattr(self, name)
+            value, kinds = getattr(self, name), (int, float) if name in ("temperature", "top_p") else int
+            _require(isinstance(value, kinds), f"{name}: expected a number, got {value!r}")
             _require(value >= 0, f"{name}: expected >= 0, got {value}")  # a NaN fails every comparison
         _require(math.isfinite(self.temperature), f"temperature: expected a finite number, got {self.temperature}")
         _require(0 <= self.min_p <= 1, f"min_p: expected 0 to 1, got {self.min_p}")
@@ -802,10 +851,11 @@ class Sampling:
             0 < self.repetition_penalty < math.inf,
             f"repetition_penalty: expected > 0, got {self.repetition_penalty}",
         )
-        _require(self.num_beams >= 1, f"num_beams: expected >= 1, got {self.num_beams}")
+        whole = isinstance(self.num_beams, int) and self.num_beams >= 1
+        _require(whole, f"num_beams: expected an integer >= 1, got {self.num_beams!r}")
         _require(math.isfinite(self.length_penalty), f"length_penalty: expected a number, got {self.length_penalty}")
         _require(
-            self.early_stopping in (True, False, "never"),
+            self.early_stopping is True or self.early_stopping is False or self.early_stopping == "never",
             f"early_stopping: expected true, false or never, got {self.early_stopping!r}",
         )
         policies = ("error", "stop", "slide")
@@ -857,6 +907,7 @@ def filter_logits(
     Equal logits are ordered by id. At least one token of each row keeps a probability above 0.
     """
     logits = logits.float().clamp(max=torch.finfo(torch.float32).max)
+    logits = logits.masked_fill(logits.isnan(), -math.inf)
     ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     if 0 < top_k < logits.shape[-1]:
         ids = _top_k_ids(logits, top_k)
@@ -932,27 +983,31 @@ class _Request:
         model: GPT,
         prompts: Sequence[Sequence[int]],
         how: Sampling,
-        attn_mask: Tensor | MaskRule | None,
-        cache_dtype: torch.dtype | None,
-        use_cache: bool,
+        attn_mask: Tensor | MaskRule | None = None,
+        cache_dtype: torch.dtype | None = None,
+        use_cache: bool = True,
     ):
-        self.model, self.attn_mask = model, attn_mask
+        self.model, self.attn_mask, self.cache_dtype = model, attn_mask, cache_dtype
         self.origin = list(range(len(prompts)))
-        longest = max(map(len, prompts)) + how.max_new_tokens
-        self.cache_args = (cache_dtype, min(longest, model.cfg.context))
-        self.cache = self._fresh_cache() if use_cache else None
-
-    def _fresh_cache(self) -> KVCache:
-        return KVCache(self.model.cfg, len(self.origin), *self.cache_args)
+        self.longest = min(max(map(len, prompts)) + how.max_new_tokens, model.cfg.context)
+        self.cache = KVCache(model.cfg, len(prompts), cache_dtype, self.longest) if use_cache else None
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """fp32 [B, V] for the token after each row. Only what the cache has not seen is fed to the model."""
-        seen = [0] * len(rows) if self.cache is None else self.cache.lengths
-        tokens, lengths = pad_rows(
-            [row[start:] for row, start in zip(rows, seen, strict=True)],
-            device=self.model.get_input_embeddings().weight.device,
-        )
-        out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=self._mask())
+        seen = self.cache.lengths if self.cache is not None else [0] * len(rows)
+        device = self.model.get_input_embeddings().weight.device
+        tokens, lengths = pad_rows([row[start:] for row, start in zip(rows, seen, strict=True)], device=device)
+        training = self.model.training
+        if training:  # for this forward alone: between two tokens the model belongs to whoever reads them
+            self.model.eval()
+        try:
+            # Dynamic scaling looks at the context, not at how long this batch happens to get: a row's text does not
+            # depend on its company, nor on max_new_tokens.
+            length = self.model.cfg.context
+            out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=self._mask(), length=length)
+        finally:
+            if training:
+                self.model.train()
         logits = out.logits[:, -1]
         if self.cache is None:
             logits = out.logits[torch.arange(len(rows)), torch.tensor(lengths) - 1]
@@ -961,8 +1016,9 @@ class _Request:
         return logits
 
     def _mask(self) -> Tensor | MaskRule | None:
-        if self.attn_mask is None or self.origin == list(range(len(self.origin))):
-            return self.attn_mask
+        """The caller's mask, for the rows that are still there."""
+        if self.attn_mask is None:
+            return None
         if callable(self.attn_mask):
             origin = torch.tensor(self.origin)
             return lambda row, query, key: self.attn_mask(origin.to(row.device)[row], query, key)
@@ -975,7 +1031,7 @@ class _Request:
 
     def restart(self) -> None:
         if self.cache is not None:
-            self.cache = self._fresh_cache()
+            self.cache = KVCache(self.model.cfg, len(self.origin), self.cache_dtype, self.longest)
 
 
 class RequestError(ValueError):
@@ -987,6 +1043,9 @@ def _checked_prompts(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, how:
     if not rows:
         raise RequestError("prompts: expected at least one")
     context, vocab = model.cfg.context, model.cfg.vocab_size
+    strange = [i for i in (*how.eos, *how.banned) if not 0 <= i < vocab]
+    if strange:
+        raise RequestError(f"eos and banned: expected ids of 0 to {vocab - 1}, got {strange[0]}")
     for index, row in enumerate(rows, start=1):
         if not row:
             raise RequestError(f"prompt {index}: expected at least one token, got none")
@@ -1034,17 +1093,7 @@ def stream(
     _require(decode is not None or not how.stop, "stop strings need decode=")
     _require(attn_mask is None or how.overflow != "slide", "overflow: slide moves positions under a custom attn_mask")
     rows = _checked_prompts(model, prompts, how)
-    was_training = model.training
-    model.eval()
-    try:
-        yield from _stream(model, rows, how, decode, _Request(model, rows, how, attn_mask, cache_dtype, use_cache))
-    finally:
-        model.train(was_training)
-
-
-def _stream(
-    model: GPT, rows: list[list[int]], how: Sampling, decode: Callable | None, request: _Request
-) -> Iterator[Event]:
+    request = _Request(model, rows, how, attn_mask, cache_dtype, use_cache)
     filters = {name: getattr(how, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     streams, prompt_lengths = _streams(rows, how.seed), [len(row) for row in rows]
     context, window_starts = model.cfg.context, [0] * len(rows)
@@ -1097,24 +1146,20 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, **params: An
     """
     rows = [[int(i) for i in row] for row in prompts]
     if params.get("num_beams", 1) > 1:
+        params.pop("decode", None)  # only stop strings need it
         return [beams[0].ids for beams in beam_search(model, rows, **params)]
-    prompt_lengths = [len(row) for row in rows]
-    for event in stream(model, rows, **params):
-        rows[event.row].append(event.token)
-        if event.finish == "stop":
-            how, start = Sampling(**_sampling_only(params)), prompt_lengths[event.row]
-            rows[event.row][start:] = _without_stop(rows[event.row][start:], how.stop, params["decode"])
+    starts = [len(row) for row in rows]
+    for row, token, finish in stream(model, rows, **params):
+        rows[row].append(token)
+        if finish == "stop":
+            rows[row][starts[row] :] = _without_stop(rows[row][starts[row] :], params["stop"], params["decode"])
     return rows
 
 
-def _sampling_only(params: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in params.items() if name in Sampling.__dataclass_fields__}
-
-
-def _without_stop(ids: list[int], stop: Sequence[str], decode: Callable[[list[int]], str]) -> list[int]:
+def _without_stop(ids: list[int], stop: str | Sequence[str], decode: Callable[[list[int]], str]) -> list[int]:
     """The longest run of tokens whose text ends before the first stop string begins."""
-    text = decode(ids)
-    begin = min(text.index(string) for string in stop if string in text)
+    text, strings = decode(ids), (stop,) if isinstance(stop, str) else stop
+    begin = min(text.index(string) for string in strings if string in text)
     kept = len(ids)
     while kept and len(decode(ids[:kept])) > begin:
         kept -= 1
@@ -1124,21 +1169,6 @@ def _without_stop(ids: list[int], stop: Sequence[str], decode: Callable[[list[in
 class Beam(NamedTuple):
     ids: list[int]  # prompt and continuation
     score: float  # summed log p of the continuation / its length ** length_penalty
-
-
-class _Pool:
-    """The best finished hypotheses of one row."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self.beams: list[Beam] = []
-
-    def add(self, beam: Beam) -> None:
-        self.beams = sorted([*self.beams, beam], key=lambda beam: -beam.score)[: self.size]
-
-    @property
-    def full(self) -> bool:
-        return len(self.beams) == self.size
 
 
 @torch.no_grad()
@@ -1158,19 +1188,9 @@ def beam_search(
     """
     how = Sampling(**params)
     prompts = _checked_prompts(model, prompts, how)
-    was_training = model.training
-    model.eval()
-    try:
-        request = _Request(model, prompts, how, attn_mask, cache_dtype, use_cache)
-        return _beam_search(model, prompts, how, request)
-    finally:
-        model.train(was_training)
-
-
-def _beam_search(model: GPT, prompts: list[list[int]], how: Sampling, request: _Request) -> list[list[Beam]]:
-    width = how.num_beams
+    request = _Request(model, prompts, how, attn_mask, cache_dtype, use_cache)
     limits = [min(how.max_new_tokens, model.cfg.context - len(prompt)) for prompt in prompts]
-    pools = [_Pool(width) for _ in prompts]
+    pools: list[list[Beam]] = [[] for _ in prompts]  # finished hypotheses, best first
     running = [[Beam(prompt, 0.0)] for prompt in prompts]  # scores here are plain sums of log p
     alive = [row for row, limit in enumerate(limits) if limit > 0]
     for step in range(max(limits)):
@@ -1184,16 +1204,17 @@ def _beam_search(model: GPT, prompts: list[list[int]], how: Sampling, request: _
             count = len(running[row])
             candidates = _best_candidates(log_p[place : place + count], running[row], how)
             last = step + 1 == limits[row]
-            running[row], chosen = _advance(running[row], candidates, pools[row], how, step + 1, last)
-            if not running[row] or _decided(running[row], pools[row], how, step + 1, limits[row]):
-                running[row] = []
-            else:
-                parents += [place + parent for parent in chosen]
+            onward, chosen = _advance(running[row], candidates, pools[row], how, step + 1, last)
+            if not candidates and not pools[row]:  # everything is banned: what there is has to do
+                pools[row] = [Beam(ids, score / max(1, step) ** how.length_penalty) for ids, score in running[row]]
+            stopped = not onward or _decided(onward, pools[row], how, step + 1, limits[row])
+            running[row] = [] if stopped else onward
+            parents += [] if stopped else [place + parent for parent in chosen]
             place += count
         alive = [row for row in alive if running[row]]
         if alive:
             request.select(parents)
-    return [pool.beams or [Beam(prompt, 0.0)] for pool, prompt in zip(pools, prompts, strict=True)]
+    return [pool or [Beam(prompt, 0.0)] for pool, prompt in zip(pools, prompts, strict=True)]
 
 
 def _best_candidates(log_p: Tensor, beams: list[Beam], how: Sampling) -> list[tuple[float, int, int]]:
@@ -1207,7 +1228,12 @@ def _best_candidates(log_p: Tensor, beams: list[Beam], how: Sampling) -> list[tu
 
 
 def _advance(
-    beams: list[Beam], candidates: list[tuple[float, int, int]], pool: _Pool, how: Sampling, length: int, last: bool
+    beams: list[Beam],
+    candidates: list[tuple[float, int, int]],
+    pool: list[Beam],
+    how: Sampling,
+    length: int,
+    last: bool,
 ) -> tuple[list[Beam], list[int]]:
     """Move the candidates that end to the pool; return the beams that go on and the places of their parents."""
     onward, parents = [], []
@@ -1215,21 +1241,23 @@ def _advance(
         ids = [*beams[parent].ids, token]
         if last or token in how.eos:
             if rank < how.num_beams:
-                pool.add(Beam(ids, score / length**how.length_penalty))
+                pool.append(Beam(ids, score / length**how.length_penalty))
+                pool.sort(key=lambda beam: -beam.score)  # stable: of equal ones the earlier stays ahead
+                del pool[how.num_beams :]
         elif len(onward) < how.num_beams:
             onward.append(Beam(ids, score))
             parents.append(parent)
     return onward, parents
 
 
-def _decided(beams: list[Beam], pool: _Pool, how: Sampling, length: int, limit: int) -> bool:
+def _decided(beams: list[Beam], pool: list[Beam], how: Sampling, length: int, limit: int) -> bool:
     """Whether a row can stop: its pool is full, and no running beam is expected to beat the worst in it."""
-    if not pool.full:
+    if len(pool) < how.num_beams:
         return False
     if how.early_stopping is True:
         return True
     reach = limit if how.early_stopping == "never" and how.length_penalty > 0 else length
-    return beams[0].score / reach**how.length_penalty <= pool.beams[-1].score
+    return beams[0].score / reach**how.length_penalty <= pool[-1].score
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

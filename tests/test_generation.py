@@ -53,7 +53,7 @@ class Markov(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
-    def forward(self, tokens, *, cache=None, lengths=None, attn_mask=None) -> Output:
+    def forward(self, tokens, *, cache=None, lengths=None, attn_mask=None, length=None) -> Output:
         logits = self.table[tokens]
         if cache is not None:
             cache.advance(lengths)
@@ -442,14 +442,47 @@ def test_a_custom_mask_holds_during_generation():
         greedy(gpt, rows, attn_mask=near, overflow="slide")
 
 
-def test_training_mode_is_restored_even_after_an_exception():
-    gpt = tiny.model().train()
-    for _ in stream(gpt, [[1]], max_new_tokens=3):
-        assert not gpt.training
-        break
+def test_a_request_leaves_the_mode_of_the_model_alone():
+    """Two streams over a model in training: the first to end once switched dropout on under the other."""
+    gpt = tiny.model(dropout=0.5).train()
+    first, second = (stream(gpt, [[1]], max_new_tokens=n, temperature=0.0) for n in (2, 4))
+    tokens = [next(first).token, next(second).token, next(first).token]
+    assert gpt.training  # also in the middle of a stream that nobody reads to its end
+    tokens += [event.token for event in second]
+    assert list(first) == []
+    gpt.eval()
+    expected = [event.token for event in stream(gpt, [[1]], max_new_tokens=4, temperature=0.0)]
+    assert tokens == [expected[0], expected[0], expected[1], *expected[1:]]
+    beam_search(gpt.train(), [[1]], num_beams=2, max_new_tokens=2)
     assert gpt.training
-    beam_search(gpt, [[1]], num_beams=2, max_new_tokens=2)
-    assert gpt.training
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 40, 40), (3, 40), (1, 40), (1, 1, 1, 40), (1, 1, 40, 40)])
+def test_a_tensor_mask_follows_its_rows_when_others_end(shape: tuple[int, ...]):
+    gpt = tiny.model()
+    rows = [prompt(4), prompt(6, 1), prompt(5, 2)]
+    mask = torch.ones(shape, dtype=torch.bool)
+    free = greedy(gpt, rows, max_new_tokens=10)
+    for ends in range(3):  # each row ends first, once
+        eos = free[ends][len(rows[ends])]
+        assert greedy(gpt, rows, max_new_tokens=10, eos=eos, attn_mask=mask) == greedy(
+            gpt, rows, max_new_tokens=10, eos=eos
+        )
+
+
+def test_dynamic_scaling_does_not_depend_on_company_or_length():
+    gpt = tiny.model("dynamic", max_position_embeddings=16)
+    short, long = prompt(5), prompt(20, 1)
+    (alone,) = greedy(gpt, [short], max_new_tokens=6)
+    assert greedy(gpt, [short, long], max_new_tokens=6)[0] == alone
+    assert greedy(gpt, [short], max_new_tokens=12)[0][: len(alone)] == alone
+    assert greedy(gpt, [short, long], max_new_tokens=6, use_cache=False)[0] == alone
+
+
+def test_beams_keep_what_they_have_when_everything_is_banned():
+    gpt = tiny.model(vocab_size=5)
+    (beams,) = beam_search(gpt, [[0]], num_beams=2, no_repeat_ngram_size=1, max_new_tokens=10)
+    assert sorted(beams[0].ids) == [0, 1, 2, 3, 4]
 
 
 G17 = {

@@ -24,13 +24,18 @@ def tokens(batch: int = 2, length: int = T, seed: int = 1) -> torch.Tensor:
 
 def decode(gpt: GPT, ids: torch.Tensor, chunks: list[int], **kwargs) -> torch.Tensor:
     """Logits of a cached forward in chunks; every position, so that nothing hides behind the last one."""
-    cache, out, start = KVCache(gpt.cfg, len(ids)), [], 0
+    cache, out, start = KVCache(gpt.cfg, len(ids), length=ids.shape[1]), [], 0
     for size in chunks:
         hidden = gpt(ids[:, start : start + size], cache=cache, **kwargs).hidden
         out.append(gpt.logits(hidden))
         start += size
     assert cache.lengths == [ids.shape[1]] * len(ids)
     return torch.cat(out, dim=1)
+
+
+@torch.no_grad()
+def context_of(gpt: GPT, ids: torch.Tensor, lengths=None, **kwargs) -> model_module.Context:
+    return gpt._context(ids, model_module._counts(ids, lengths), **kwargs)
 
 
 # --- A: attention, masks, positions, cache ----------------------------------------------------------------------------
@@ -63,7 +68,7 @@ def test_a02_chunks_are_bottom_right_aligned(name: str, chunks: list[int]):
 @torch.no_grad()
 def test_a02_ragged_rows_equal_each_row_alone(name: str):
     gpt, ids = tiny.model(name), tokens(3)
-    cache, ends = KVCache(gpt.cfg, 3), [0, 0, 0]
+    cache, ends = KVCache(gpt.cfg, 3, length=T), [0, 0, 0]
     for counts in ([4, 9, 1], [1, 1, 1], [3, 0, 5], [1, 1, 1], [2, 7, 4]):
         width = max(counts)
         chunk = torch.full((3, width), 96)
@@ -88,7 +93,7 @@ def test_a03_the_position_of_a_cached_token_is_the_length_of_the_cache(name: str
         gpt.eval()
         if start:
             gpt(same[:, :start], cache=cache)
-        ctx, _ = gpt._context(same[:, :1], cache, None, None, None, False)
+        ctx = context_of(gpt, same[:, :1], cache=cache)
         assert ctx.positions.tolist() == [[start]]
 
 
@@ -308,13 +313,13 @@ def test_a11_a_long_context_allocates_nothing_of_its_square():
 
 def test_a11_plain_causality_uses_no_mask_at_all():
     gpt = tiny.model()
-    assert gpt._context(tokens(), None, None, None, None, False)[0].mask is None
-    assert gpt._context(tokens(), None, [3, 20], None, None, False)[0].mask is None
+    assert context_of(gpt, tokens()).mask is None
+    assert context_of(gpt, tokens(), lengths=[3, 20]).mask is None
     cache = KVCache(gpt.cfg, 2)
     with torch.no_grad():
         gpt(tokens(), cache=cache)
-    assert gpt._context(tokens()[:, :1], cache, None, None, None, False)[0].mask is None
-    assert gpt._context(tokens()[:, :4], cache, None, None, None, False)[0].mask.shape == (1, 1, 4, 24)
+    assert context_of(gpt, tokens()[:, :1], cache=cache).mask is None
+    assert context_of(gpt, tokens()[:, :4], cache=cache).mask.shape == (1, 1, 4, 24)
 
 
 def test_a13_errors_inside_the_kernel_are_not_swallowed(monkeypatch: pytest.MonkeyPatch):
@@ -331,7 +336,7 @@ def test_a13_errors_inside_the_kernel_are_not_swallowed(monkeypatch: pytest.Monk
 def test_a16_attention_weights_sum_to_one_and_masked_ones_are_zero(mask: str, dtype: torch.dtype):
     gpt = tiny.model().to(dtype)
     rule = None if mask == "none" else torch.ones(1, 1, T, T, dtype=torch.bool).triu(-4)
-    ctx, _ = gpt._context(tokens(), None, None, None, rule, False)
+    ctx = context_of(gpt, tokens(), attn_mask=rule)
     q, k = torch.randn(2, 4, T, T, dtype=dtype), torch.randn(2, 2, T, T, dtype=dtype)
     weights = attend(q, k, torch.eye(T, dtype=dtype).expand(2, 2, T, T), ctx, 0.0)  # values = unit vectors
     tolerance = 1e-6 if dtype == torch.float32 else 1e-3
@@ -356,7 +361,7 @@ def test_fused_attention_equals_the_slow_twin(heads: int, kv_heads: int, new: in
     q, k, v = torch.randn(2, heads, new, 8), torch.randn(2, kv_heads, 9, 8), torch.randn(2, kv_heads, 9, 8)
     cache = KVCache(gpt.cfg, 2)
     cache.lengths = [9 - new] * 2
-    ctx, _ = gpt._context(tokens(2, new), cache, None, None, None, False)
+    ctx = context_of(gpt, tokens(2, new), cache=cache)
     allowed = torch.ones(9, 9, dtype=torch.bool).tril()[-new:]
     assert (attend(q, k, v, ctx, 0.0) - slow_attention(q, k, v, allowed)).abs().max() <= 1e-6
 
@@ -521,6 +526,51 @@ def test_cache_select_and_crop():
     assert (again - gpt(ids[[2, 0, 0], :9]).logits[:, -1]).abs().max() <= 1e-4
 
 
+@torch.no_grad()
+def test_rows_may_fill_the_cache_to_its_last_slot():
+    """Padding of a chunk was once counted against the room of the longest row."""
+    gpt, ids = tiny.model(), tokens()
+    cache = KVCache(gpt.cfg, 2, length=12)
+    gpt(ids[:, :11], cache=cache, lengths=[11, 4])
+    got = gpt(torch.stack((ids[0, 11:16], ids[1, 4:9])), cache=cache, lengths=[1, 5]).logits[:, 0]
+    assert cache.lengths == [12, 9]
+    for row, length in enumerate((12, 9)):
+        alone = gpt(ids[row : row + 1, :length]).logits[0, -1]
+        assert (got[row] - alone).abs().max() <= 1e-4 * alone.abs().max()
+    got = gpt(torch.stack((ids[0, :3], ids[1, 9:12])), cache=cache, lengths=[0, 3]).logits[1, 0]
+    assert (got - gpt(ids[1:, :12]).logits[0, -1]).abs().max() <= 1e-4
+
+
+def test_a_cache_is_refused_where_gradients_are_kept():
+    gpt = tiny.model()
+    with pytest.raises(ValueError, match=r"torch\.no_grad"):
+        gpt(tokens(), cache=KVCache(gpt.cfg, 2))
+
+
+def test_k01_the_context_that_a_configuration_means():
+    """Llama 3.2: max_position_embeddings is the stretched length already, though factor x original is larger."""
+    llama = RopeScaling("llama3", factor=32.0, original_max_position_embeddings=8_192)
+    assert ModelConfig(max_position_embeddings=131_072, rope_scaling=llama).context == 131_072
+    yarn = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=32_768)
+    assert ModelConfig(max_position_embeddings=32_768, rope_scaling=yarn).context == 131_072
+    dynamic = RopeScaling("dynamic", factor=2.0, original_max_position_embeddings=7)
+    assert ModelConfig(max_position_embeddings=64, rope_scaling=dynamic).context == 128
+
+
+def test_one_graph_serves_all_lengths():
+    """Message strings made for every call once specialised the graph to each length, and compiled code went unused."""
+    from torch._dynamo.testing import CompileCounter
+
+    gpt = tiny.model()
+    gpt(tokens(2, 60))  # the rotary tables are there
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    fast = torch.compile(gpt, backend=counter, fullgraph=True)
+    for length in (16, 20, 33, 47, 60):
+        assert torch.equal(fast(tokens(2, length)).logits, gpt(tokens(2, length)).logits)
+    assert counter.frame_count <= 2  # one for the first length, one for any
+
+
 def test_a_cache_is_refused_in_training():
     gpt = tiny.model().train()
     with pytest.raises(ValueError, match="cache is for inference"):
@@ -681,7 +731,7 @@ def test_k06_the_j_branch_is_its_formula():
     """x1 = x + Attn(u) + LN_J(u), x2 = x1 + MLP(LN2(x1)), u = LN1(x); LN_J carries a bias of its own."""
     gpt, ids = tiny.model("j-branch"), tokens()
     assert "model.layers.0.j.bias" in gpt.state_dict()
-    block, ctx = gpt.model.layers[0], gpt._context(ids, None, None, None, None, False)[0]
+    block, ctx = gpt.model.layers[0], context_of(gpt, ids)
     x = gpt.model.embed_tokens(ids)
     u = block.input_layernorm(x)
     centred = u - u.mean(-1, keepdim=True)

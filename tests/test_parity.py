@@ -186,11 +186,12 @@ def test_old_pickled_files_load_and_malicious_ones_do_not_run(folders: dict[str,
         if kind == "gpt2":  # old files carry the causal mask as if it were a weight
             name = "h.0.attn.bias" if not prefix else "transformer.h.0.attn.bias"
             state[name] = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()
-        torch.save(state, folder / "pytorch_model.bin")
-        ours, _ = load_model(folder)
-        with torch.no_grad():
-            expected = theirs(kind)(IDS).logits
-            assert (ours(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        for zipped in (True, False):  # torch before 1.6 wrote no zip files
+            torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+            ours, _ = load_model(folder)
+            with torch.no_grad():
+                expected = theirs(kind)(IDS).logits
+                assert (ours(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
     canary = tmp_path / "canary"
 
@@ -241,6 +242,49 @@ def test_i03_keys_that_do_not_fit_are_listed(folders: dict[str, Path], tmp_path:
         assert ours(IDS).logits.isfinite().all()
         embedding = theirs("qwen2").model.embed_tokens.weight
         assert torch.equal(ours.model.embed_tokens.weight, embedding)  # what fits is loaded
+
+
+def test_tensors_that_are_there_twice_or_hold_no_floats(folders: dict[str, Path], tmp_path: Path):
+    from safetensors.torch import save_file
+
+    folder = damaged(folders["qwen2"], tmp_path / "twice", lambda state: None)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"model.norm.weight": torch.zeros(32)}, folder / "b.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"twice: model\.norm\.weight"):
+        load_model(folder)
+    for weight_map in ([], None, {"x": 5}, {"x": ["a.safetensors"]}, "a.safetensors"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match="weight_map: expected names of files"):
+            load_model(folder)
+    ints = {"model.norm.weight": torch.ones(32, dtype=torch.int64)}
+    whole = damaged(folders["qwen2"], tmp_path / "ints", lambda state: state.update(ints))
+    with pytest.raises(CheckpointError, match=r"mis-shaped: model\.norm\.weight, which does not hold numbers"):
+        load_model(whole)
+
+
+def test_files_of_mixed_precision_are_made_alike(folders: dict[str, Path], tmp_path: Path):
+    def halve(state: dict[str, torch.Tensor]) -> None:
+        for name in list(state)[::2]:
+            state[name] = state[name].bfloat16()
+
+    ours, _ = load_model(damaged(folders["qwen2"], tmp_path / "mixed", halve))
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    ours(IDS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": 10**20}, {"head_dim": 16.0}, {"rope_theta": 1.0}, {"rope_theta": "x"}, {"num_hidden_layers": True},
+     {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0}},
+     {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": "x"}}],
+    ids=str,
+)  # fmt: skip
+def test_nonsense_in_a_config_json_is_one_line(change: dict):
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.config_from_hf({"model_type": "qwen2", **SHAPE, **change})
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_tied_head_that_is_stored_too_must_be_the_embedding(folders: dict[str, Path], tmp_path: Path):

@@ -1,0 +1,564 @@
+"""A run folder: who may write to it, its checkpoints, and what it says about the run.
+
+A checkpoint is built under a hidden name, synced, and renamed when it is complete, so a crash at any moment leaves
+whole checkpoints only. Its manifest holds the SHA-256 of every file and is checked before anything else is read:
+of 3,000 single flipped bits 2,996 went unnoticed by safetensors itself. Everything is safetensors or JSON.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoint import CheckpointError, write_folder
+from model import GPT
+from tokenizer import Tokenizer
+
+FORMAT = 1  # of a checkpoint; raised when an older program would misread a newer one
+DIGEST_KEYS = ("step", "lr", "cursor", "rng")  # of state.json: what decides, beside the tensors, how a run goes on
+FOLDER_MODE, FILE_MODE = 0o755, 0o644  # less what the umask takes
+FILES_PER_CHECKPOINT = 16  # a dozen, and some to spare
+READ_BYTES = 2**20
+TEMPORARY, DELETED, REPLACED = ".tmp-", ".del-", ".old-"  # unfinished; being deleted; making way for its successor
+# What a program that loads the folder could take for a part of it; a README or a picture does no harm.
+LOADABLE = {".json", ".safetensors", ".bin", ".pt", ".pth", ".jinja", ".model", ".py", ".txt"}
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "tiktoken", "datasets")
+
+
+class DiskError(Exception):
+    exit_code = 6
+
+
+class BusyError(Exception):
+    exit_code = 5
+
+
+class NonFiniteError(FloatingPointError):
+    exit_code = 7
+
+
+class FormatError(CheckpointError):
+    """Whole, but written by another version: an older checkpoint is no answer to that."""
+
+
+def warn_on_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold a run folder, which is made if need be; the system lets go of it when the process ends, however it ends."""
+    with _disk_errors(run):
+        _make_folder(run)
+        held = [os.open(run / ".lock", os.O_RDWR | os.O_CREAT, FILE_MODE)]
+    # A forked worker would hold the lock as well, and could outlive us.
+    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
+    try:
+        with _disk_errors(run):
+            try:
+                fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(f"{run}: busy, another run is writing to this folder") from None
+        yield
+    finally:
+        if held:
+            os.close(held.pop())
+
+
+# --- writing a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def save(
+    run: Path,
+    step: int,
+    *,
+    model: GPT | Callable[[Path], None],
+    tokenizer: Tokenizer | None,
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    best: int | None = None,
+    warn: Callable[[str], None] = warn_on_stderr,
+) -> tuple[Path, str]:
+    """(folder, digest) of a new checkpoint, which is durable when this returns; older ones are then pruned.
+
+    `model` is the model, or a function that writes its files into a folder. `state` is JSON; the format, the step,
+    the tokenizer's hash and the versions of the libraries are added to it. The caller holds the lock.
+    """
+    parent = run / "checkpoints"
+    unfinished = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    tensors = [*optimizer.values(), *(model.state_dict().values() if isinstance(model, nn.Module) else ())]
+    with _disk_errors(parent, sum(tensor.nbytes for tensor in tensors)):
+        try:
+            _make_folder(unfinished)
+            if isinstance(model, nn.Module):
+                write_folder(model, tokenizer, unfinished)
+            else:
+                model(unfinished)
+            save_file(_own_memory(optimizer), unfinished / "optimizer.safetensors", metadata={"format": "pt"})
+            _write_state(unfinished, step, tokenizer, state)
+            _refuse_non_finite(unfinished, step)
+            _seal(unfinished)
+            found = digest(unfinished)
+            final = _publish(unfinished, step)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    try:
+        _prune(run, step, keep, best, warn)
+    except OSError as error:  # what had to be saved is
+        warn(f"{parent}: not pruned: {error.strerror or error}")
+    return final, found
+
+
+def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and contiguous. The writer refuses tensors that share memory, so these become copies."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        out[name] = tensor
+    return out
+
+
+def _write_state(folder: Path, step: int, tokenizer: Tokenizer | None, state: dict[str, Any]) -> None:
+    state = {"versions": versions(), "tokenizer_hash": tokenizer.hash if tokenizer else None} | state
+    state |= {"format": FORMAT, "step": step, "tensors": _inventory(folder)}
+    if _has_nan(state):
+        raise NonFiniteError(f"step {step}: the state of the trainer holds a NaN; nothing was saved")
+    _write(folder / "state.json", _dump(state))
+
+
+def _has_nan(value: Any) -> bool:
+    """Infinity may be meant: the best loss before there is one."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_nan, value))
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _refuse_non_finite(folder: Path, step: int) -> None:
+    """One NaN spreads to all weights within a step; kept, it would push the last clean checkpoint out."""
+    for part, name, tensor in _tensors(folder):
+        if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
+            raise NonFiniteError(f"step {step}: {part} {name} is not finite; nothing was saved")
+
+
+def _seal(folder: Path) -> None:
+    """Make what is in the folder durable, then say what it is; the manifest comes last."""
+    files = sorted(folder.iterdir())
+    mode = stat.S_IMODE((folder / "state.json").stat().st_mode)  # ours: FILE_MODE less what the umask takes
+    for file in files:
+        file.chmod(mode)  # libraries write files that all may change, or that only their owner may read
+        _sync(file)
+    listed = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    _write(folder / "manifest.json", _dump({"files": listed}).rstrip())  # so that its last byte counts, too
+    _sync(folder)
+
+
+def _publish(unfinished: Path, step: int) -> Path:
+    """Rename to the final name. A checkpoint that is there already, damaged or not, first makes way."""
+    final = unfinished.with_name(f"step-{step:08d}")
+    if final.exists():
+        replaced = final.with_name(REPLACED + final.name)
+        if replaced.exists():  # of a run that was killed below
+            os.rename(replaced, final.with_name(f"{DELETED}{secrets.token_hex(8)}"))
+        os.rename(final, replaced)  # killed here: `newest_valid` still finds it
+    os.rename(unfinished, final)
+    _sync(final.parent)
+    return final
+
+
+def _prune(run: Path, step: int, keep: int, best: int | None, warn: Callable[[str], None]) -> None:
+    """Keep the newest `keep` up to `step`, and the best.
+
+    Those after `step` stay until the run gets there: they are damaged, or of a run that was wound back on purpose.
+    Only sizes are compared here: to read all checkpoints at each save would take longer than the save.
+    """
+    parent = run / "checkpoints"
+    steps = {number: folder for number, folder in _checkpoints(run) if folder.name.startswith("step-")}
+    whole = [n for n in sorted(steps, reverse=True) if n < step and not _problem(steps[n], hashes=False)]
+    kept = {best, *[step, *whole][: max(1, keep)]}
+    unwanted = [folder for number, folder in steps.items() if number < step and number not in kept]
+    unwanted += [path for path in parent.iterdir() if path.name.startswith((TEMPORARY, DELETED, REPLACED))]
+    unwanted += [path for path in run.iterdir() if path.name.startswith(TEMPORARY) and path.is_file()]
+    for path in unwanted:
+        try:
+            _delete(path)
+        except OSError as error:
+            warn(f"{path}: not deleted: {error.strerror or error}")
+
+
+def _delete(path: Path) -> None:
+    if path.is_file():
+        path.unlink()
+        return
+    if not path.name.startswith(DELETED):  # half a checkpoint must not look like one
+        doomed = path.with_name(f"{DELETED}{secrets.token_hex(8)}")
+        os.rename(path, doomed)
+        path = doomed
+    shutil.rmtree(path)
+
+
+# --- reading a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path) -> str:
+    """The digest of a checkpoint (of a run folder: its newest) that is whole; else a CheckpointError says what is not.
+
+    Changes nothing. Files that nobody would load may lie beside those of the manifest.
+    """
+    if (folder / "checkpoints").is_dir():
+        found = _checkpoints(folder)
+        if not found:
+            raise CheckpointError(f"{folder}: no checkpoint under {folder / 'checkpoints'}")
+        folder = found[-1][1]
+    if problem := _problem(folder):
+        raise CheckpointError(problem)
+    state = _read_state(folder)
+    named = re.fullmatch(r"step-(\d{8,})", folder.name)
+    if named and int(named[1]) != state["step"]:
+        raise CheckpointError(f"{folder}: renamed, its state.json is of step {state['step']}")
+    return _digest(folder, state)
+
+
+def newest_valid(run: Path, warn: Callable[[str], None] = warn_on_stderr) -> Path | None:
+    """The whole checkpoint of the highest step, with one warning for each damaged one after it.
+
+    None means that there never was one. Where all are damaged, a fresh start would hide the loss: a CheckpointError.
+    """
+    found = _checkpoints(run)
+    for _, folder in reversed(found):
+        try:
+            verify(folder)
+        except FormatError:
+            raise
+        except CheckpointError as error:
+            warn(f"damaged checkpoint left aside: {error}")
+        else:
+            return folder
+    if found:
+        raise CheckpointError(f"{run}: none of its {len(found)} checkpoints is usable (another run folder starts anew)")
+    return None
+
+
+def load_trainer_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(optimizer tensors, state) of a checkpoint, bitwise as saved. `verify` it first."""
+    state = _read_state(folder)
+    # Copies: a file that shrinks under a memory map kills the process that looks at it.
+    return {name: tensor.clone() for part, name, tensor in _tensors(folder) if part == "optimizer"}, state
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the sorted names, dtypes, shapes and bytes of all tensors, and DIGEST_KEYS of the state.
+
+    Equal digests: the same training state to the bit, whenever, wherever and by which version it was written.
+    """
+    return _digest(folder, _read_state(folder))
+
+
+def _digest(folder: Path, state: dict[str, Any]) -> str:
+    sha = hashlib.sha256()
+    for part, name, tensor in _tensors(folder):
+        sha.update(json.dumps([part, name, str(tensor.dtype), list(tensor.shape)]).encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    sha.update(json.dumps([state.get(key) for key in DIGEST_KEYS], sort_keys=True).encode())
+    return sha.hexdigest()
+
+
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) by rising step; after a kill between two renames the only copy is the one that made way."""
+    parent = run / "checkpoints"
+    found = []
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if named := re.fullmatch(rf"({re.escape(REPLACED)})?step-(\d{{8,}})", path.name):
+            found.append((int(named[2]), not named[1], path))
+    return [(step, path) for step, _, path in sorted(found)]
+
+
+def _problem(folder: Path, *, hashes: bool = True) -> str | None:
+    """What is wrong with the files of a checkpoint, going by its manifest."""
+    try:
+        files = _read_json(folder / "manifest.json").get("files")
+        if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+            return f"{folder / 'manifest.json'}: expected a table of files"
+        for name, entry in files.items():
+            file = folder / name
+            if Path(name).name != name:
+                return f"{folder / 'manifest.json'}: expected names of files in the same folder, got {name!r}"
+            if not file.is_file():
+                return f"{file}: missing"
+            if file.stat().st_size != entry.get("size"):
+                return f"{file}: expected {entry.get('size')} bytes, got {file.stat().st_size}"
+            if hashes and _sha256(file) != entry.get("sha256"):
+                return f"{file}: changed since it was written (SHA-256)"
+        for file in sorted(folder.iterdir()):
+            if file.suffix in LOADABLE and file.name not in {*files, "manifest.json"}:
+                return f"{file}: not part of this checkpoint, but could be loaded with it"
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a name
+        return f"{folder}: not readable: {error}"
+    return None
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """state.json, when this version understands it and the tensors beside it are those that were saved."""
+    path = folder / "state.json"
+    state = _read_json(path)
+    found = state.get("format")
+    if type(found) is not int:
+        raise FormatError(f"{path}: expected format {FORMAT}, got {'none' if found is None else repr(found)}")
+    if found != FORMAT:
+        how = "a newer version; update this one" if found > FORMAT else "an older version; use that one"
+        raise FormatError(f"{path}: expected format {FORMAT}, got {found}, written by {how}")
+    if type(state.get("step")) is not int or not isinstance(state.get("tensors"), dict):
+        raise CheckpointError(f"{path}: expected a step and a table of tensors")
+    recorded, present = state["tensors"], _inventory(folder)
+    wrong = [
+        f"{name} (expected {recorded.get(name, 'nothing')}, got {present.get(name, 'nothing')})"
+        for name in sorted({*recorded, *present})
+        if recorded.get(name) != present.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{folder}: other tensors than were saved: {', '.join(wrong[:3])}{more}")
+    return state
+
+
+def _inventory(folder: Path) -> dict[str, str]:
+    """Dtype and shape of each tensor of a checkpoint."""
+    out = {}
+    for part, file in _tensor_files(folder):
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                piece = opened.get_slice(name)
+                out[f"{part}: {name}"] = f"{piece.get_dtype()} {piece.get_shape()}"
+    return out
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """(part, name, tensor), sorted; the tensors live in a memory map."""
+    places = []
+    for part, file in _tensor_files(folder):
+        with _opened(file) as opened:
+            places += [(part, name, file) for name in opened.keys()]  # noqa: SIM118
+    for file, group in itertools.groupby(sorted(places), key=lambda place: place[2]):
+        with _opened(file) as opened:
+            for part, name, _ in group:
+                yield part, name, opened.get_tensor(name)
+
+
+def _tensor_files(folder: Path) -> list[tuple[str, Path]]:
+    """("model" or "optimizer" or ..., file): the parts of a split file are one part of the checkpoint."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [(re.sub(r"-\d{5}-of-\d{5}$", "", file.stem), file) for file in files]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {str(error).splitlines()[0]}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def check_disk(run: Path, bytes_needed: int, keep: int) -> None:
+    """Refuse a run whose checkpoints, `bytes_needed` each, will not fit: `keep` of them and the one being written.
+
+    What the checkpoints of this run take already counts as free, since the new ones take their place.
+    """
+    exists = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    files = [path for path in (run / "checkpoints").rglob("*") if path.is_file()]
+    needed = (keep + 1) * bytes_needed
+    free = shutil.disk_usage(exists).free + sum(path.stat().st_size for path in files)
+    if free < needed:
+        raise DiskError(f"{run}: {keep + 1} checkpoints need {needed:,} bytes, free are {free:,}")
+    disk = os.statvfs(exists)
+    needed, free = (keep + 1) * FILES_PER_CHECKPOINT, disk.f_favail + len(files)
+    if disk.f_files and free < needed:  # f_files is 0 where the file system does not count
+        raise DiskError(f"{run}: {keep + 1} checkpoints need {needed} files, free are {free} (inodes)")
+
+
+@contextmanager
+def _disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
+    """What the disk refuses, as one line; libraries turn a full disk into exceptions of their own kinds."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
+        said = re.search(r"[^:(]*(?=\(os error \d+\))|No space left on device|Disk quota exceeded", str(error))
+        if not isinstance(error, OSError) and not said:
+            raise
+        reason = error.strerror or str(error) if isinstance(error, OSError) else said[0].strip()
+        exists = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = f"free are {shutil.disk_usage(exists).free:,} bytes"
+        raise DiskError(
+            f"{path}: {reason}; needed {needed:,} bytes, {free}" if needed else f"{path}: {reason}"
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The old contents or the new ones, whatever happens in between."""
+    unfinished = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    with _disk_errors(path, len(data)):
+        try:
+            _write(unfinished, data)
+            os.rename(unfinished, path)
+            _sync(path.parent)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A new file, durable."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(path: Path) -> None:
+    if not path.is_dir():
+        _make_folder(path.parent)
+        try:
+            path.mkdir(FOLDER_MODE)
+        except FileExistsError:  # made by another process meanwhile; a file of that name is an error
+            if not path.is_dir():
+                raise
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# --- what a run says about itself -------------------------------------------------------------------------------------
+
+
+def write_status(run: Path, status: str, code: int, reason: str) -> None:
+    """status.json. Where even that cannot be written, a warning: the reason of the end must not be lost over it."""
+    try:
+        write_atomic(run / "status.json", _dump({"status": status, "code": code, "reason": reason}))
+    except DiskError as error:
+        warn_on_stderr(f"status not recorded: {error}")
+
+
+def source_record() -> dict[str, Any]:
+    """Which code runs where, and how it was called."""
+    changes = _git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv")
+    return {
+        "commit": (_git("rev-parse", "HEAD") or b"").decode().strip() or None,
+        "changes": hashlib.sha256(changes).hexdigest() if changes else None,  # null: none, or no git
+        "versions": versions(),
+        "platform": platform.platform(),
+        "command": _masked(sys.argv),
+    }
+
+
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Of Python and the libraries; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _git(*arguments: str) -> bytes | None:
+    """What git says about this program's folder; None without git or a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+SECRET_NAME = re.compile(
+    r"(api|access|private|secret|auth)_?key|token|passw(or)?d|passphrase|secret|credentials?", re.I
+)
+SECRET_TEXT = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
+
+
+def _masked(words: list[str]) -> list[str]:
+    """A command line without passwords: by the option's name, by their look, or because the environment holds them."""
+    known = [value for name, value in os.environ.items() if _names_secret(name) and len(value) >= 8]
+    out: list[str] = []
+    for previous, word in zip(["", *words], words, strict=False):
+        option, equals, _ = word.partition("=")
+        if _names_secret(option) and equals:
+            word = f"{option}=***"
+        elif previous.startswith("-") and _names_secret(previous) and not word.startswith("-"):
+            word = "***"
+        for text in known:
+            word = word.replace(text, "***")
+        out.append(SECRET_TEXT.sub("***", word))
+    return out
+
+
+def _names_secret(name: str) -> bool:
+    """`--hub_token`, `WANDB_API_KEY`; but not `--max_new_tokens`, nor a word that only contains one."""
+    last = name.replace("-", "_").rpartition(".")[2]
+    return any(found.end() == len(last) for found in SECRET_NAME.finditer(last))
