@@ -63,7 +63,7 @@ class TrainConfig:
     seq_len: int = 256
     batch_tokens: int = 4096
     micro_batch: int | Literal["auto"] = "auto"
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-3
     beta1: float = 0.9
     beta2: float = 0.95

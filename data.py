@@ -32,7 +32,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -227,18 +227,18 @@ class Reader:
         first, row, state = self.cursor
         for number in range(first, len(self.inputs)):
             item = self.inputs[number]
-            rows = self._rows(item, row, state)
-            while True:
-                row += 1
-                try:
-                    raw = next(rows, None)
-                    if raw is None or self.left <= 0:
-                        break
-                    yield from self._document(raw, [number, row, self._state])
-                except DataError:
-                    raise
-                except (BadRow, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
-                    self._bad(item, row, error)
+            with closing(self._rows(item, row, state)) as rows:  # and with it the file, whatever happens
+                while True:
+                    row += 1
+                    try:
+                        raw = next(rows, None)
+                        if raw is None or self.left <= 0:
+                            break
+                        yield from self._document(raw, [number, row, self._state])
+                    except DataError:
+                        raise
+                    except (BadRow, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
+                        self._bad(item, row, error)
             row, state, self._state = 0, None, None
 
     def _rows(self, item: Input, skip: int, state: Any) -> Iterator[Any]:
