@@ -196,6 +196,8 @@ def check(cfg: Config, world_size: int = 1) -> None:
     on_cpu = kind == "cpu" or (kind == "auto" and not any(present.values()))
     if on_cpu and cfg.run.dtype == "float16":
         raise ConfigError(f"run.dtype: float16 needs a GPU, got run.device {cfg.run.device!r} (try float32)")
+    if world_size < 1:
+        raise ConfigError(f"world size: expected 1 or more, got {world_size}")
     if cfg.train.rows % world_size:
         rows = f"{cfg.train.rows} rows a step (batch_tokens / seq_len)"
         raise ConfigError(f"train.batch_tokens: {rows} cannot be shared by {world_size} ranks")

@@ -224,7 +224,7 @@ def train_step(
             # The ranks' gradients are averaged, so each counts `size` times.
             scaler.scale(out.total * (world.size / weight)).backward()
         for name, value in out.metrics.items():
-            sums[name] = sums.get(name, 0) + value
+            sums[name] = sums.get(name, 0) + value.detach()
     for optimizer in optimizers.members:
         scaler.unscale_(optimizer)
     parameters = [p for p in optimizers.names if p.grad is not None]
@@ -234,7 +234,7 @@ def train_step(
         optimizers.step(scaler)
     scaler.update()
     optimizers.zero_grad()
-    metrics = {name: total(value.detach().clone(), world) / weight for name, value in sums.items()}
+    metrics = {name: total(value.clone(), world) / weight for name, value in sums.items()}
     return metrics | {"grad_norm": norm, "targets": weight, "skipped": torch.tensor(float(not finite))}
 
 

@@ -1,0 +1,396 @@
+"""The loop: that the loss is what it says, that a stopped run goes on bit for bit, and what a person meets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import train
+from config import TrainConfig
+from data import Batch
+from distributed import World
+from model import IGNORE, KVCache
+from runfolder import verify
+
+ROOT = Path(__file__).parents[1]
+ALONE = World(0, 0, 1, torch.device("cpu"))
+T = 16
+
+
+def batch(rows: int = 16, seed: int = 0) -> Batch:
+    """Rows with 1 to T targets each: an average over rows would not be one over targets."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(97, (rows, T + 1), generator=rng)
+    targets = ids[:, 1:].clone()
+    for row in range(rows):
+        targets[row, int(torch.randint(1, T, (), generator=rng)) :] = IGNORE
+    targets[3] = IGNORE  # a row without any
+    return Batch(ids[:, :-1], targets, None)
+
+
+def gradients(rows: int, penalties: dict[str, float] | None = None) -> tuple[float, list[torch.Tensor]]:
+    objective = train.LanguageModeling(tiny.model().train(), penalties or {})
+    seen: list[torch.Tensor] = []
+
+    class Catch:
+        names = {p: name for name, p in objective.named_parameters()}  # noqa: RUF012
+        members: list = []  # noqa: RUF012
+
+        def step(self, _) -> None:
+            seen.extend(p.grad.clone() for p in self.names)
+
+        def zero_grad(self) -> None:
+            objective.zero_grad()
+
+    metrics = train.train_step(
+        objective,
+        Catch(),
+        train.micro_batches(batch(), rows, ALONE.device),
+        ALONE,
+        clip=1e9,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        autocast=nullcontext(),
+    )
+    return float(metrics["loss"]), seen
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8])
+def test_f7_loss_and_gradient_do_not_depend_on_how_a_batch_is_cut(rows: int):
+    """A mean of means once weighed a short row as much as a long one."""
+    whole_loss, whole = gradients(16)
+    loss, cut = gradients(rows)
+    assert abs(loss - whole_loss) <= 1e-6 * whole_loss
+    for a, b in zip(cut, whole, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-9
+
+
+def test_t02_the_loss_is_the_mean_over_all_targets():
+    data, model = batch(), tiny.model()
+    logits = model(data.tokens).logits
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), data.targets.flatten(), ignore_index=IGNORE)
+    assert gradients(4)[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_penalties_are_weighed_once():
+    plain, with_z = gradients(16)[1], gradients(16, {"z_loss": 1e-2})[1]
+    assert not all(torch.equal(a, b) for a, b in zip(plain, with_z, strict=True))
+    model, data = tiny.model(), batch()
+    logits = model(data.tokens).logits
+    kept = data.targets != IGNORE
+    loss = (
+        nn.functional.cross_entropy(logits[kept], data.targets[kept]) + 1e-2 * (logits[kept].logsumexp(-1) ** 2).mean()
+    )
+    loss.backward()
+    for a, p in zip(with_z, model.parameters(), strict=True):
+        assert (a - p.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-9
+
+
+def optimizers(model: nn.Module, **changes) -> train.Optimizers:
+    cfg = replace(TrainConfig(), **changes)
+    return train.Optimizers(train.parameter_groups(model, cfg), cfg)
+
+
+def step_of(model: nn.Module, members: train.Optimizers, data: Batch) -> dict[str, torch.Tensor]:
+    return train.train_step(
+        train.LanguageModeling(model, {}),
+        members,
+        [data],
+        ALONE,
+        clip=1.0,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        autocast=nullcontext(),
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_o01_every_parameter_is_in_one_group_and_moves(optimizer: str):
+    model = tiny.model().train()
+    members = optimizers(model, optimizer=optimizer)
+    listed = [p for member in members.members for group in member.param_groups for p in group["params"]]
+    assert len(listed) == len(set(listed)) == len(list(model.parameters()))
+    for member in members.members:
+        for group in member.param_groups:
+            assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+    before = [p.clone() for p in model.parameters()]
+    step_of(model, members, batch())
+    still = [n for (n, p), old in zip(model.named_parameters(), before, strict=True) if torch.equal(p, old)]
+    assert all(name.endswith("k_proj.bias") for name in still)  # softmax does not see it
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_f1_a_gradient_that_is_not_finite_changes_nothing(optimizer: str):
+    """Multiplying an update by zero does not skip it: 0 x NaN is NaN, in the weights and in the moments."""
+    model = tiny.model().train()
+    members = optimizers(model, optimizer=optimizer)
+    step_of(model, members, batch())
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    moments = {n: t.clone() for n, t in members.state().items()}
+    hook = model.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+    metrics = step_of(model, members, batch(seed=1))
+    hook.remove()
+    assert metrics["skipped"] == 1
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(t, moments[n]) for n, t in members.state().items())
+    assert step_of(model, members, batch(seed=1))["skipped"] == 0
+
+
+def test_t05_the_reported_norm_is_that_before_clipping():
+    model = tiny.model().train()
+    norm = step_of(model, optimizers(model), batch())["grad_norm"]
+    reference = torch.cat([g.flatten() for g in gradients(16)[1]]).norm()
+    assert torch.allclose(norm, reference, rtol=1e-5)
+
+
+def test_t11_the_label_is_shifted_exactly_once():
+    """A fixed cycle is learned to nothing; two shifts would make the model learn what comes after the next token."""
+    cycle = torch.arange(200) % 7
+    tokens, targets = cycle[:-1].view(1, -1)[:, :64], cycle[1:].view(1, -1)[:, :64]
+    model = tiny.model(lively=False, max_position_embeddings=64).train()
+    members = optimizers(model, lr=1e-2)
+    members.set_rate(1e-2)
+    for _ in range(60):
+        loss = float(step_of(model, members, Batch(tokens, targets, None))["loss"])
+    assert loss < 0.05
+    two_ahead = cycle[2:].view(1, -1)[:, :64]
+    with torch.no_grad():
+        assert float(model(tokens, two_ahead).loss) / 64 > 2
+
+
+SCHEDULES = ["cosine", "wsd", "linear", "constant"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_l8_t04_schedules_rise_to_the_rate_and_end_at_the_floor(schedule: str):
+    cfg = TrainConfig(steps=100, warmup_steps=10, schedule=schedule, lr=2e-3, floor=0.1)
+    rates = [train.lr_at(step, cfg) for step in range(100)]
+    assert rates[:10] == pytest.approx([2e-3 * (i + 1) / 10 for i in range(10)])
+    assert max(rates) == pytest.approx(2e-3)
+    assert rates[-1] == pytest.approx(2e-3 if schedule == "constant" else 2e-4)
+    assert all(a >= b - 1e-15 for a, b in itertools.pairwise(rates[10:]))
+    if schedule == "cosine":
+        assert rates[10 + 45] == pytest.approx(2e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * 45 / 89)) / 2))
+
+
+def test_s01_plateau_is_the_rule_of_torch():
+    """Oracle: torch's ReduceLROnPlateau with the same factor, patience, threshold and cooldown."""
+    cfg = TrainConfig(schedule="plateau", plateau_cooldown=1, floor=0.0)
+    ours = train.Plateau(cfg)
+    theirs_optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        theirs_optimizer, factor=0.5, patience=2, threshold=1e-3, cooldown=1, eps=0
+    )
+    rng = torch.Generator().manual_seed(0)
+    for loss in (1 + torch.rand(60, generator=rng) * 0.2).tolist():
+        ours.see(loss)
+        theirs.step(loss)
+        assert ours.scale == theirs_optimizer.param_groups[0]["lr"]
+    again = train.Plateau(cfg)
+    again.load(json.loads(json.dumps(ours.state())))
+    assert vars(again) == vars(ours)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(30):
+        lines = [f"line {i} of document {number}: {'word ' * (i % 7)}" for i in range(40)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def options(corpus: Path, run: Path, *more: str) -> list[str]:
+    """A tiny run of 20 steps; `more` overrides."""
+    shape = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "dropout": 0.1}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    listed = {f"--model.{key}": value for key, value in shape.items()}
+    listed |= {"--data.tokenizer": "bytes", "--data.train": corpus, "--data.val_fraction": 0.2}
+    listed |= {"--data.cache_dir": corpus.with_name("cache"), "--run.dir": run, "--run.save_every": 4}
+    steps = {"steps": 20, "warmup_steps": 4, "seq_len": 32, "batch_tokens": 256, "micro_batch": 4, "eval_every": 7}
+    steps |= {"eval_tokens": 1024, "log_every": 5, "sample_tokens": 8, "schedule": "plateau", "lr": 3e-3}
+    listed |= {f"--train.{key}": value for key, value in steps.items()}
+    listed |= dict(word.split("=", 1) for word in more)
+    return [f"{key}={value}" for key, value in {"--run.device": "cpu", **listed}.items()]
+
+
+def script(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def metrics(run: Path) -> dict[int, dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train.main(options(corpus, run))
+    return run
+
+
+def test_a_run_leaves_what_it_says(reference: Path):
+    names = {path.name for path in reference.iterdir()}
+    assert {"config.yaml", "source.json", "metrics.jsonl", "status.json", "samples.jsonl", "checkpoints"} <= names
+    assert sorted(path.name for path in (reference / "checkpoints").iterdir())[-1] == "step-00000020"
+    rows = metrics(reference)
+    assert sorted(rows) == list(range(1, 21))
+    assert {"loss", "grad_norm", "lr", "targets", "epoch", "cursor", "batch_sha"} <= set(rows[1])
+    assert len({row["batch_sha"] for row in rows.values()}) == 20
+    assert json.loads((reference / "status.json").read_text())["status"] == "done"
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(reference / "checkpoints" / "step-00000020")
+
+
+def test_a9_a_finished_run_says_so_and_changes_nothing(corpus: Path, reference: Path, capfd: pytest.CaptureFixture):
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
+    train.main(options(corpus, reference))
+    assert "is complete: 20 steps" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()} == before
+
+
+def killed_at(corpus: Path, run: Path, step: int, number: int, *more: str) -> subprocess.Popen:
+    """Start a run and send a signal as soon as `step` is logged."""
+    command = [sys.executable, str(ROOT / "train.py"), *options(corpus, run, "--train.log_every=1", *more)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith(f"step {step}/"):
+            process.send_signal(number)
+            break
+    process.communicate()
+    return process
+
+
+def test_a2_kill_9_and_go_on_is_bitwise(corpus: Path, reference: Path, tmp_path: Path):
+    """A loss curve does not prove it: trainers that forgot the optimizer or the data position looked as good."""
+    run = tmp_path / "killed"
+    for step in (3, 9, 14):  # before the first save, between two, and after an evaluation
+        assert killed_at(corpus, run, step, signal.SIGKILL).returncode == -signal.SIGKILL
+    train.main(options(corpus, run))
+    assert verify(run) == verify(reference)
+    ours, theirs = metrics(run), metrics(reference)
+    for step in range(1, 21):
+        for key in ("loss", "lr", "batch_sha", "grad_norm"):
+            assert ours[step][key] == theirs[step][key], (step, key)
+
+
+def test_a6_sigterm_saves_and_leaves_with_75(corpus: Path, reference: Path, tmp_path: Path):
+    run = tmp_path / "stopped"
+    started = time.monotonic()
+    assert killed_at(corpus, run, 6, signal.SIGTERM).returncode == 75
+    assert time.monotonic() - started < 60
+    assert json.loads((run / "status.json").read_text())["status"] == "preempted"
+    train.main(options(corpus, run))
+    assert verify(run) == verify(reference)
+
+
+@pytest.mark.parametrize(
+    "more", [("--train.optimizer=muon",), ("--run.dtype=bfloat16", "--train.checkpoint_activations=true")]
+)
+def test_a2_other_modes_go_on_bitwise(corpus: Path, tmp_path: Path, more: tuple[str, ...]):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train.main(options(corpus, straight, *more))
+    assert killed_at(corpus, stopped, 10, signal.SIGKILL, *more).returncode == -signal.SIGKILL
+    train.main(options(corpus, stopped, *more))
+    assert verify(straight) == verify(stopped)
+
+
+def test_a12_evaluation_and_samples_do_not_disturb(corpus: Path, reference: Path, tmp_path: Path):
+    """The plateau rule listens to evaluations, so this holds for schedules that do not."""
+    digests = set()
+    for name, every in (("often", 3), ("never", 1000)):
+        train.main(options(corpus, tmp_path / name, f"--train.eval_every={every}", "--train.schedule=cosine"))
+        digests.add(verify(tmp_path / name))
+    assert len(digests) == 1
+
+
+def test_h2_h3_a_continued_run_is_the_same_run(corpus: Path, reference: Path, capfd: pytest.CaptureFixture):
+    for change, said in (
+        ("--model.num_hidden_layers=3", "model.num_hidden_layers 2 -> 3"),
+        ("--train.lr=1e-4", "train.lr 0.003 -> 0.0001"),
+        ("--run.seed=5", "run.seed 1337 -> 5"),
+    ):
+        with pytest.raises(train.ConfigError) as refusal:
+            train.main(options(corpus, reference, change))
+        assert said in str(refusal.value)
+    train.main(options(corpus, reference, "--run.keep=5"))  # harmless
+
+
+def test_i1_two_runs_in_one_folder(corpus: Path, tmp_path: Path):
+    command = [sys.executable, str(ROOT / "train.py"), *options(corpus, tmp_path / "run", "--train.steps=2000")]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in first.stderr:
+            if line.startswith("step "):
+                break
+        second = script(*options(corpus, tmp_path / "run", "--train.steps=2000"))
+        assert second.returncode == 5
+        assert second.stderr.count("\n") <= 2
+        assert "busy" in second.stderr
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_mistake_is_one_line(corpus: Path, tmp_path: Path):
+    for more, code in (("--train.batch_tokens=100", 2), ("--data.train=/nowhere/*.txt", 3), ("--train.seq_len=128", 2)):
+        done = script(*options(corpus, tmp_path / "run", more))
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+
+
+@pytest.mark.slow
+def test_x01_two_ranks_are_one(corpus: Path, tmp_path: Path):
+    """Dropout off: each rank draws its own. The same batches, and weights within rounding."""
+    more = ("--model.dropout=0.0",)
+    train.main(options(corpus, tmp_path / "one", *more))
+    two = options(corpus, tmp_path / "two", *more)
+    command = [
+        sys.executable,
+        *RANKS,
+        f"--master_port={29500 + os.getpid() % 1000}",
+        str(ROOT / "train.py"),
+        *two,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if line.startswith("error")]
+    one, both = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for step in one:
+        assert one[step]["batch_sha"] == both[step]["batch_sha"]
+        assert one[step]["loss"] == pytest.approx(both[step]["loss"], rel=1e-5)
+    from checkpoint import load_model
+
+    weights = [load_model(tmp_path / name)[0].state_dict() for name in ("one", "two")]
+    assert max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]) <= 1e-5
+
+
+def test_a_cache_in_the_middle_of_training_is_refused():
+    model = tiny.model().train()
+    with pytest.raises(ValueError, match="inference"):
+        model(batch().tokens, cache=KVCache(model.cfg, 16))
