@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TESTS := $(BIN)/python -m pytest -n auto
 
-.PHONY: train infer test test-slow check smoke clean
+.PHONY: train test test-slow check smoke bench clean
 
 train: $(VENV)/.user
 	$(BIN)/python train.py
@@ -22,6 +22,9 @@ check: $(VENV)/.dev
 
 smoke: $(VENV)/.user
 	sh tests/smoke.sh $(BIN)/python
+
+bench: $(VENV)/.user
+	$(BIN)/python bench.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info __pycache__ tests/__pycache__

@@ -24,6 +24,7 @@ IMPORTS = {
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
     "infer": {"config", "model", "tokenizer", "checkpoint", "distributed"},
     "train": {"config", "model", "tokenizer", "data", "distributed", "checkpoint", "runfolder"},
+    "bench": {"config", "model", "data", "distributed", "train"},
 }
 # A file may read the configuration when it is itself the program.
 AS_PROGRAM = {("data", "config")}
