@@ -560,7 +560,9 @@ def export(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, dtype: t
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         write_folder(model, tokenizer, unfinished, dtype)
-        unfinished.chmod(0o755)  # mkdtemp's folders are private
+        unfinished.chmod(0o755)  # mkdtemp's folders are private, and so are safetensors' files
+        for file in unfinished.iterdir():
+            file.chmod(0o644)
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -208,6 +208,8 @@ def main(argv: list[str]) -> None:
         argv, "infer", usage="python infer.py [FILE.yaml] --prompt TEXT [--ckpt SOURCE] [--key=value ...]"
     )
     prompts = [] if cfg.infer.chat else read_prompts(cfg)
+    if cfg.infer.chat and (cfg.infer.prompt or cfg.infer.prompt_file or cfg.infer.num_samples > 1):
+        raise ConfigError("infer.chat: reads its questions from the terminal: expected no prompt and one sample")
     if cfg.infer.num_beams > 1 and cfg.infer.num_samples > 1:
         raise ConfigError("infer.num_samples: expected 1 with num_beams: beams draw nothing, so all would be alike")
     session = Session(cfg)

@@ -682,6 +682,9 @@ class GPT(nn.Module):
         return self.model.embed_tokens
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
+        if self.lm_head is not None and embedding.num_embeddings != self.cfg.vocab_size:
+            sizes = f"{self.cfg.vocab_size} rows as the head has, got {embedding.num_embeddings}"
+            raise ValueError(f"embedding: expected {sizes}; resize_vocab changes both")
         self.model.embed_tokens = embedding
         self.cfg = replace(self.cfg, vocab_size=embedding.num_embeddings)
 

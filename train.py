@@ -581,6 +581,8 @@ def compiled(objective: nn.Module, cfg: TrainConfig, device: torch.device) -> nn
     if wanted and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         say("not compiled: no C++ compiler found")
     elif wanted:
+        model = objective.model  # whose rotary tables are made now: grown later, they would compile everything again
+        model.rope.tables(model.cfg, cfg.seq_len, cfg.seq_len, device)
         objective.compile()
     return objective
 

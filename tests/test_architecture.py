@@ -142,3 +142,22 @@ def test_w01_options_that_the_readme_uses_exist():
         words = re.findall(r"\"[^\"]*\"|'[^']*'|\S+", options)
         if "--help" not in words:
             load_config([word.strip("\"'") for word in words], script)
+
+
+def test_k04_every_configuration_key_is_read_somewhere():
+    """A key that nothing reads is a promise that nothing keeps."""
+    from dataclasses import fields, is_dataclass
+    from typing import get_type_hints
+
+    from config import Config
+    from model import Sampling
+
+    # Not config.py: there a section checks its own keys, which does not make them do anything.
+    others = [module for module in MODULES if module != "config"]
+    code = "\n".join((ROOT / f"{module}.py").read_text(encoding="utf-8") for module in others)
+    handed_on = {field.name for field in fields(Sampling)}  # InferConfig.sampling passes these as a whole
+    for section, kind in get_type_hints(Config).items():
+        assert is_dataclass(kind)
+        for field in fields(kind):
+            read = re.search(rf"\b(?:cfg|self|train|infer|run|data|m|model)\.{field.name}\b", code)
+            assert read or field.name in handed_on, f"{section}.{field.name}"

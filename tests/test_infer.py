@@ -148,6 +148,8 @@ MISTAKES = [
     (("--prompt=x", "--device=cuda:7"), 2, "run.device"),
     (("--prompt_file=/nowhere/at/all",), 2, "No such file"),
     (("--prompt=x", "--num_beams=2", "--stop=y"), 2, "stop and num_beams (2)"),
+    (("--prompt=x", "--num_beams=2", "--num_samples=2"), 2, "infer.num_samples: expected 1"),
+    (("--chat", "--prompt=x"), 2, "infer.chat: reads its questions"),
 ]
 
 

@@ -780,6 +780,9 @@ def test_g15_the_head_follows_the_embedding(tied: bool):
     assert torch.equal(again(tokens()).logits, new)
     gpt.resize_vocab(97)
     assert torch.equal(gpt(tokens()).logits, old)
+    if not tied:
+        with pytest.raises(ValueError, match="resize_vocab changes both"):
+            gpt.set_input_embeddings(nn.Embedding(50, 32))
     other = nn.Embedding(97, 32)
     gpt.set_input_embeddings(other)
     assert gpt.get_input_embeddings() is other
