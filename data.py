@@ -60,7 +60,7 @@ class DataConfig:
     tokenizer: str = "auto"
     train: tuple[str, ...] = (BUILTIN,)
     val: tuple[str, ...] = ()
-    val_fraction: float = 0.01
+    val_fraction: float = 0.05
     text_key: str = "text"
     split: str = "train"
     streaming: bool = False
