@@ -1,7 +1,7 @@
 """Pretraining, and the one loop that all training shares.
 
     python train.py                                         a small model on Python's own standard library, in minutes
-    python train.py --preset 50M --data.train corpus/*.txt  another shape, another text
+    python train.py --preset 50M --data.train "notes/*.md"  another shape, another text
     torchrun --nproc_per_node 8 train.py --preset 0.5B      eight devices, the same run
 
 Read `fit` first: it is the loop. An objective is a module whose forward returns a sum and a weight; whatever is wrapped
@@ -34,6 +34,7 @@ from data import Batch, PretrainBatches, StreamBatches, eval_windows, open_batch
 from distributed import World, any_rank, barrier, pick_dtype, start, stop, sync_gradients, total, wrap
 from model import GPT, IGNORE, LOGITS_PER_CHUNK, flops_per_token, generate
 from runfolder import (
+    NonFiniteError,
     check_disk,
     load_trainer_state,
     lock,
@@ -48,10 +49,6 @@ from tokenizer import Tokenizer, escape_terminal
 PREEMPTED = 75  # exit code: stopped by a signal, everything saved
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
-
-
-class NonFinite(Exception):
-    exit_code = 7
 
 
 class ResumeError(Exception):
@@ -289,11 +286,11 @@ class MetricLog:
     Values stay tensors until then, so that the device is asked once per log line.
     """
 
-    def __init__(self, path: Path | None, cfg: TrainConfig, flops: float, start_step: int):
+    def __init__(self, path: Path | None, cfg: TrainConfig, flops: float):
         self.cfg, self.flops = cfg, flops
         self.file = path.open("a", encoding="utf-8") if path else None
         self.waiting: list[dict[str, Any]] = []
-        self.clock, self.since, self.paused = time.perf_counter(), start_step, 0.0
+        self.clock, self.paused = time.perf_counter(), 0.0
 
     def add(self, **entry: Any) -> None:
         self.waiting.append(entry)
@@ -352,7 +349,7 @@ def fit(trainer: Trainer) -> dict[str, float]:
     first = resume(trainer, optimizers, plateau, best)
     rows = micro_rows(cfg, world)
     flops = flops_per_token(model.cfg, cfg.train.seq_len)
-    log = MetricLog(trainer.folder / "metrics.jsonl" if world.is_main else None, cfg.train, flops, first)
+    log = MetricLog(trainer.folder / "metrics.jsonl" if world.is_main else None, cfg.train, flops)
     bytes_of, stop, skipped, result = token_bytes(trainer.tokenizer), Stop(), 0, {}
     model.train()
     with stop.watching():
@@ -376,7 +373,7 @@ def fit(trainer: Trainer) -> dict[str, float]:
             skipped = skipped + 1 if metrics["skipped"] else 0
             if skipped > cfg.train.skip_limit:
                 log.close()
-                raise NonFinite(f"{skipped} steps in a row without a finite gradient, last at step {done}")
+                raise NonFiniteError(f"{skipped} steps in a row without a finite gradient, last at step {done}")
             last, leaving = done == cfg.train.steps, any_rank(stop.asked, world)
             if last or leaving or done % cfg.train.log_every == 0:
                 log.flush()

@@ -637,7 +637,10 @@ def test_beams_and_greedy_give_the_ids_of_transformers(oracle, num_beams: int, l
     """60 settings x 4 batches of unequal prompts, with an eos that comes early, late, twofold or never."""
     ours, theirs = oracle
     for seed, eos in enumerate((7, 19, [7, 3], None)):
-        rows = [prompt(2 + (3 * seed + 5 * i) % 11, 100 * seed + i, vocab=41) for i in range(3)]
+        case = 100 * (
+            seed + 4 * (num_beams + 6 * int(10 * length_penalty) + 150 * [False, True, "never"].index(early_stopping))
+        )
+        rows = [prompt(2 + (3 * seed + 5 * i) % 11, case + i, vocab=41) for i in range(3)]  # new prompts in every case
         params = {"num_beams": num_beams, "max_new_tokens": 12}
         if num_beams > 1:
             params |= {"length_penalty": length_penalty, "early_stopping": early_stopping}
