@@ -21,7 +21,8 @@ from config import Config, check, load_config, run_script
 from data import Batch
 from distributed import World, pick_device, pick_dtype
 from model import GPT, KVCache, flops_per_token
-from train import LanguageModeling, Optimizers, parameter_groups, train_step
+from optim import Optimizers, parameter_groups
+from train import LanguageModeling, train_step
 
 TURNS = 7
 NEAR, FAR = 64, 512  # cached tokens between which the time of one more should not grow

@@ -500,12 +500,20 @@ def _read_tokenizer(folder: Path, hf: dict[str, Any], cfg: ModelConfig, problems
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_folder(model: GPT, tokenizer: Tokenizer | None, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Fill an existing folder with everything that transformers needs to load the model."""
+def write_folder(
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Fill an existing folder with everything that transformers needs to load the model.
+
+    state: the weights, where the model's own are spread over several ranks
+    """
     kind = hf_model_type(model.cfg)
-    state = to_hf(
-        kind, {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
-    )
+    tensors = (model.state_dict() if state is None else state).items()
+    state = to_hf(kind, {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors})
     stored = next(iter(state.values())).dtype
     _write_weights(state, folder)
     hf = config_to_hf(model.cfg, stored)

@@ -25,6 +25,8 @@ import yaml
 from data import DataConfig
 from model import ModelConfig, Sampling
 
+DEFECT = 1  # exit code of an error of the program
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 DEFAULT_FILE = Path(__file__).with_name("config.yaml")
 
 
@@ -43,7 +45,9 @@ class RunConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dir: str = "runs/base"
-    resume: Literal["auto", "never", "must"] = "auto"
+    resume: str = "auto"
+    overwrite: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     keep: int = 2
     save_every: int = 250
     allow_change: tuple[str, ...] = ()
@@ -55,6 +59,7 @@ class RunConfig:
         _require(self.dir.strip(), "dir", "a folder", self.dir)
         _require(self.keep >= 1, "keep", "1 or more", self.keep)
         _require(self.save_every >= 1, "save_every", "1 or more", self.save_every)
+        _require(not self.overwrite or self.resume == "never", "overwrite", "resume never beside it", self.resume)
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,20 @@ class TrainConfig:
     log_every: int = 10
     sample_tokens: int = 100
     skip_limit: int = 5
+    patience: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_tokens", "eval_every", "eval_tokens", "log_every"):
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        for name in ("warmup_steps", "sample_tokens", "weight_decay", "z_loss", "skip_limit", "plateau_patience"):
+        for name in (
+            "warmup_steps",
+            "sample_tokens",
+            "weight_decay",
+            "z_loss",
+            "skip_limit",
+            "plateau_patience",
+            "patience",
+        ):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("lr", "eps", "clip", "plateau_threshold"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
@@ -109,6 +123,13 @@ class TrainConfig:
     def rows(self) -> int:
         """Rows of an optimizer step, over all micro-batches and ranks."""
         return self.batch_tokens // self.seq_len
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    wandb: Literal["off", "online", "offline"] = "off"
+    project: str = "nanoqwen"
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +180,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    log: LogConfig
     infer: InferConfig
 
 
@@ -198,6 +220,8 @@ def check(cfg: Config, world_size: int = 1) -> None:
         raise ConfigError(f"run.dtype: float16 needs a GPU, got run.device {cfg.run.device!r} (try float32)")
     if world_size < 1:
         raise ConfigError(f"world size: expected 1 or more, got {world_size}")
+    if world_size > 1 and cfg.run.parallel == "fsdp" and cfg.train.optimizer == "muon":
+        raise ConfigError("run.parallel: fsdp cuts the matrices that train.optimizer muon needs whole (try ddp)")
     if cfg.train.rows % world_size:
         rows = f"{cfg.train.rows} rows a step (batch_tokens / seq_len)"
         raise ConfigError(f"train.batch_tokens: {rows} cannot be shared by {world_size} ranks")
@@ -521,31 +545,33 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
-        code = 130  # 128 + SIGINT, as a shell reports it
+        code = INTERRUPTED
     except BrokenPipeError:  # the reader has left (`| head`); the last flush of the interpreter must find a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141  # 128 + SIGPIPE
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            code = _code_of(error)
-        if code is None:
+        code = exit_code_of(error)
+        if code == DEFECT:
             raise
         print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)
     sys.exit(code)
 
 
-def _code_of(error: Exception) -> int | None:
-    """The exit code of an error that is not one of ours; None: a defect, which deserves its traceback."""
+def exit_code_of(error: BaseException) -> int:
+    """What a script leaves with after an error; DEFECT is one of the program itself, which deserves its traceback."""
+    if hasattr(error, "exit_code"):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
     if _is_out_of_memory(error):
         return 8
     if isinstance(error, FloatingPointError):
         return 7
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return 6 if full else None
+    return 6 if full else DEFECT
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """On any device: torch has one class for CUDA and plain RuntimeErrors for the others."""
     said = re.search(r"out of memory|can't allocate memory|not enough memory", str(error))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))

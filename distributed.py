@@ -6,11 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+PATIENCE = timedelta(hours=4)  # that ranks wait for each other: one prepares the data, or writes a large checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ def start(device: str) -> World:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # Flags travel as CPU tensors over gloo, so that no step waits for the device.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(dist.get_rank(), local_rank, size, chosen)
 
 
@@ -70,10 +77,19 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def wrap(objective: nn.Module, world: World) -> nn.Module:
-    """The module that is minimised, so wrapped that gradients are averaged over the ranks."""
+def wrap(objective: nn.Module, world: World, parallel: str) -> nn.Module:
+    """The module that is minimised, so wrapped that gradients are averaged over the ranks.
+
+    ddp keeps all weights on each rank; fsdp a share of each, which is gathered block by block when it is needed.
+    """
     if world.size == 1:
         return objective
+    if parallel == "fsdp":
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for block in objective.model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective.model, mesh=mesh)  # evaluation and samples call it without the objective
+        return fully_shard(objective, mesh=mesh)
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(objective, device_ids=devices)
 
@@ -81,9 +97,24 @@ def wrap(objective: nn.Module, world: World) -> nn.Module:
 @contextmanager
 def sync_gradients(module: nn.Module, now: bool) -> Iterator[None]:
     """Average gradients over the ranks only in the backward of a step's last micro-batch."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
     silent = isinstance(module, DistributedDataParallel) and not now
     with module.no_sync() if silent else nullcontext():
         yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is spread over the ranks, gathered on all of them; any other as it is. All ranks call it."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """The inverse of `whole`: this rank's share of a tensor that every rank has, on the example's device."""
+    tensor = tensor.to(example.device)
+    return (
+        distribute_tensor(tensor, example.device_mesh, example.placements) if isinstance(example, DTensor) else tensor
+    )
 
 
 def total(value: Tensor, world: World) -> Tensor:
@@ -97,10 +128,17 @@ def any_rank(flag: bool, world: World) -> bool:
     """Whether the flag is set on any rank; all ranks get the same answer at the same step."""
     if world.size == 1:
         return flag
-    value = torch.tensor([float(flag)], device=world.device)
-    return bool(total(value, world) > 0)
+    return bool(total(torch.tensor([float(flag)]), world) > 0)
+
+
+def least(value: int, world: World) -> int:
+    """The smallest of the ranks' values."""
+    if world.size > 1:
+        dist.all_reduce(tensor := torch.tensor([value]), dist.ReduceOp.MIN)
+        value = int(tensor)
+    return value
 
 
 def barrier(world: World) -> None:
     if world.size > 1:
-        dist.barrier()
+        total(torch.zeros(1), world)  # over gloo; nccl's would choose a device by itself

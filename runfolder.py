@@ -227,6 +227,15 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def clear(run: Path) -> None:
+    """Make room for a new run in the folder of an old one: its checkpoints, metrics and samples go."""
+    with _disk_errors(run):
+        if (run / "checkpoints").exists():
+            _delete(run / "checkpoints")
+        for name in ("metrics.jsonl", "samples.jsonl", "wandb-id"):
+            (run / name).unlink(missing_ok=True)
+
+
 # --- reading a checkpoint ---------------------------------------------------------------------------------------------
 
 
@@ -242,7 +251,7 @@ def verify(folder: Path) -> str:
         folder = found[-1][1]
     if problem := _problem(folder):
         raise CheckpointError(problem)
-    state = _read_state(folder)
+    state = read_state(folder)
     named = re.fullmatch(r"step-(\d{8,})", folder.name)
     if named and int(named[1]) != state["step"]:
         raise CheckpointError(f"{folder}: renamed, its state.json is of step {state['step']}")
@@ -271,7 +280,7 @@ def newest_valid(run: Path, warn: Callable[[str], None] = warn_on_stderr) -> Pat
 
 def load_trainer_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(optimizer tensors, state) of a checkpoint, bitwise as saved. `verify` it first."""
-    state = _read_state(folder)
+    state = read_state(folder)
     # Copies: a file that shrinks under a memory map kills the process that looks at it.
     return {name: tensor.clone() for part, name, tensor in _tensors(folder) if part == "optimizer"}, state
 
@@ -281,7 +290,7 @@ def digest(folder: Path) -> str:
 
     Equal digests: the same training state to the bit, whenever, wherever and by which version it was written.
     """
-    return _digest(folder, _read_state(folder))
+    return _digest(folder, read_state(folder))
 
 
 def _digest(folder: Path, state: dict[str, Any]) -> str:
@@ -329,7 +338,7 @@ def _problem(folder: Path, *, hashes: bool = True) -> str | None:
     return None
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
     """state.json, when this version understands it and the tensors beside it are those that were saved."""
     path = folder / "state.json"
     state = _read_json(path)

@@ -11,15 +11,13 @@ needs little more than the step and the tensors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import re
-import shutil
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,27 +26,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_model
-from config import Config, ConfigError, TrainConfig, check, dump, load_config, run_script
+from checkpoint import load_model, write_folder
+from config import Config, ConfigError, TrainConfig, check, dump, exit_code_of, load_config, run_script
 from data import Batch, PretrainBatches, StreamBatches, eval_windows, open_batches, prepare, token_bytes
-from distributed import World, any_rank, barrier, pick_dtype, start, stop, sync_gradients, total, wrap
-from model import GPT, IGNORE, LOGITS_PER_CHUNK, flops_per_token, generate
+from distributed import (
+    World,
+    any_rank,
+    barrier,
+    pick_dtype,
+    spread_like,
+    start,
+    stop,
+    sync_gradients,
+    total,
+    whole,
+    wrap,
+)
+from log import MetricLog, Speed, peak_of, say
+from model import GPT, IGNORE, generate
+from optim import Optimizers, Plateau, lr_at, parameter_groups
+from plan import announce, micro_rows
 from runfolder import (
-    NonFiniteError,
     check_disk,
+    clear,
     load_trainer_state,
     lock,
     newest_valid,
+    read_state,
     save,
     source_record,
+    verify,
+    versions,
     write_atomic,
     write_status,
 )
 from tokenizer import Tokenizer, escape_terminal
 
 PREEMPTED = 75  # exit code: stopped by a signal, everything saved
-CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
-GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
 
 
 class ResumeError(Exception):
@@ -81,122 +95,20 @@ class LanguageModeling(nn.Module):
 # --- how it is minimised ----------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, cfg: TrainConfig) -> dict[str, dict[str, nn.Parameter]]:
-    """Each trainable parameter in one group: muon (hidden matrices), decay (other matrices), plain (vectors)."""
-    groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "decay": {}, "plain": {}}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        hidden = ".layers." in name and parameter.dim() == 2
-        kind = "plain" if parameter.dim() < 2 else "muon" if hidden and cfg.optimizer == "muon" else "decay"
-        groups[kind][name] = parameter
-    return {kind: members for kind, members in groups.items() if members}
-
-
-class Optimizers:
-    """AdamW, with Muon beside it for the hidden matrices; one rate for all. State is kept by parameter name."""
-
-    def __init__(self, groups: dict[str, dict[str, nn.Parameter]], cfg: TrainConfig):
-        self.names = {p: name for members in groups.values() for name, p in members.items()}
-        adamw = [
-            {"params": list(groups[kind].values()), "weight_decay": decay}
-            for kind, decay in (("decay", cfg.weight_decay), ("plain", 0.0))
-            if kind in groups
-        ]
-        betas = (cfg.beta1, cfg.beta2)
-        self.members: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(adamw, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
-        ]
-        if "muon" in groups:
-            matrices = list(groups["muon"].values())
-            # With this rule a Muon step is as long as one of AdamW, so that one rate serves both (arXiv 2502.16982).
-            muon = torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.members.append(muon)
-
-    def set_rate(self, rate: float) -> None:
-        for optimizer in self.members:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-    def step(self, scaler: torch.amp.GradScaler) -> None:
-        for optimizer in self.members:
-            scaler.step(optimizer)
-
-    def zero_grad(self) -> None:
-        for optimizer in self.members:
-            optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> dict[str, Tensor]:
-        """PARAMETER.key -> tensor."""
-        return {
-            f"{self.names[p]}.{key}": value
-            for optimizer in self.members
-            for p, entry in optimizer.state.items()
-            for key, value in entry.items()
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`; a tensor too many, too few or of another shape is refused."""
-        rest = dict(state)
-        for optimizer in self.members:
-            muon = isinstance(optimizer, torch.optim.Muon)
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                keys = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
-                entry = {key: rest.pop(f"{self.names[p]}.{key}", None) for key in keys}
-                if any(t is None or (key != "step" and t.shape != p.shape) for key, t in entry.items()):
-                    raise ResumeError(f"optimizer state of {self.names[p]}: missing or of another shape")
-                # AdamW keeps its step count beside the parameters in fp32, also on a device.
-                optimizer.state[p] = {key: t.to(p.device) for key, t in entry.items()}
-        if rest:
-            raise ResumeError(f"optimizer state: unexpected {', '.join(sorted(rest)[:5])}")
-
-
-class Plateau:
-    """Multiplies the rate by a factor when the validation loss has stopped falling."""
-
-    def __init__(self, cfg: TrainConfig):
-        self.cfg, self.scale, self.best, self.bad, self.cooldown = cfg, 1.0, math.inf, 0, 0
-
-    def see(self, loss: float) -> None:
-        if loss < self.best * (1 - self.cfg.plateau_threshold):
-            self.best, self.bad = loss, 0
-        elif self.cooldown:
-            self.cooldown -= 1
-        else:
-            self.bad += 1
-        if self.bad > self.cfg.plateau_patience:
-            self.scale = max(self.scale * self.cfg.plateau_factor, self.cfg.floor)
-            self.bad, self.cooldown = 0, self.cfg.plateau_cooldown
-
-    def state(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in ("scale", "best", "bad", "cooldown")}
-
-    def load(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-def lr_at(step: int, cfg: TrainConfig, plateau_scale: float = 1.0) -> float:
-    """The rate of a step: a linear warm-up, then the schedule, down to floor x lr at the last step."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, cfg.steps - 1 - cfg.warmup_steps)
-    if cfg.schedule == "plateau":
-        return cfg.lr * plateau_scale
-    if cfg.schedule == "constant":
-        return cfg.lr
-    if cfg.schedule == "cosine":
-        share = (1 + math.cos(math.pi * done)) / 2
-    elif cfg.schedule == "linear":
-        share = 1 - done
-    else:  # wsd: warm-up, stable, decay
-        share = min(1.0, (1 - done) / cfg.decay_share) if cfg.decay_share else 1.0
-    return cfg.lr * (cfg.floor + (1 - cfg.floor) * share)
-
-
 def micro_batches(batch: Batch, rows: int, device: torch.device) -> list[Batch]:
-    parts = [[None] * len(batch.tokens) if t is None else t.to(device).split(rows) for t in batch]
+    parts = [[None] * len(batch.tokens) if t is None else to_device(t, device).split(rows) for t in batch]
     return [Batch(*part) for part in zip(*parts, strict=False)]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, so that the copy waits neither for the device nor the program for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout is a function of (seed, step, rank): nothing to save, and evaluation cannot disturb it."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def train_step(
@@ -211,7 +123,8 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One optimizer step. Loss and gradient are sums over all targets of all micro-batches and ranks, divided once.
 
-    A gradient that is not finite changes nothing, not even the moments: the step is skipped on all ranks alike.
+    A gradient that is not finite changes nothing, not even the moments: the step is skipped on all ranks alike. All
+    figures stay on the device, which is not asked for anything here.
     """
     weight = total(sum((micro.targets != IGNORE).sum() for micro in micros).float(), world).clamp(min=1)
     sums: dict[str, Tensor] = {}
@@ -224,18 +137,23 @@ def train_step(
             sums[name] = sums.get(name, 0) + value.detach()
     for optimizer in optimizers.members:
         scaler.unscale_(optimizer)
-    parameters = [p for p in optimizers.names if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
-    finite = bool(norm.isfinite())  # the same on all ranks, because their gradients are
-    if finite or scaler.is_enabled():  # the scaler skips by itself and lowers its scale
-        optimizers.step(scaler)
-    scaler.update()
+    norm = whole(nn.utils.clip_grad_norm_([p for p in optimizers.names if p.grad is not None], clip))
+    skip = (~norm.isfinite()).float()  # the same on all ranks, because their gradients are
+    optimizers.step(skip)
+    scaler.update()  # lowers its scale where `unscale_` has met what is not finite
     optimizers.zero_grad()
     metrics = {name: total(value.clone(), world) / weight for name, value in sums.items()}
-    return metrics | {"grad_norm": norm, "targets": weight, "skipped": torch.tensor(float(not finite))}
+    return metrics | {"grad_norm": norm, "targets": weight, "skipped": skip}
 
 
 # --- how well it does -------------------------------------------------------------------------------------------------
+
+
+def share_of(windows: list[Batch], world: World) -> list[Batch]:
+    """A rank's windows. All ranks have equally many, because a sharded model runs on all of them or on none."""
+    empty = windows[0]._replace(targets=torch.full_like(windows[0].targets, IGNORE))
+    filled = [*windows, *[empty] * (-len(windows) % world.size)]
+    return filled[world.rank :: world.size]
 
 
 @torch.no_grad()
@@ -243,17 +161,19 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
     """Validation loss in nats, perplexity and bits per byte, over a fixed list of windows shared among the ranks."""
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    for window in windows[world.rank :: world.size]:
-        micro = [t if t is None else t.to(world.device) for t in window]
+    losses, counts, sizes = [], 0, 0
+    for window in share_of(windows, world):
+        micro = [t if t is None else to_device(t, world.device) for t in window]
         with autocast:
-            out = model(micro[0], micro[1], documents=micro[2])
+            losses.append(model(micro[0], micro[1], documents=micro[2]).loss.float())
         real = window.targets[window.targets != IGNORE]
-        sums += torch.tensor([float(out.loss), float(out.weight), float(bytes_of[real].sum())], dtype=torch.float64)
+        counts, sizes = counts + len(real), sizes + int(bytes_of[real].sum())
     model.train(was_training)
-    nats, count, size = total(sums.to(world.device) if world.size > 1 else sums, world).tolist()
+    nats = torch.stack(losses).double().sum() if world.device.type != "mps" else torch.stack(losses).sum()
+    sums = torch.tensor([float(nats), counts, sizes], dtype=torch.float64)  # the device is asked once
+    nats, count, size = total(sums, world).tolist()
     loss = nats / count
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / size}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, size)}
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -280,148 +200,160 @@ class Stop:
         self.asked = True
 
 
-class MetricLog:
-    """metrics.jsonl, one object per step, and a line for the person every `log_every` steps.
+class WholeModel:
+    """What a checkpoint holds of the model: here all of it, as a Hugging Face folder."""
 
-    Values stay tensors until then, so that the device is asked once per log line.
-    """
+    def tensors(self, model: GPT) -> dict[str, Tensor]:
+        return model.state_dict()
 
-    def __init__(self, path: Path | None, cfg: TrainConfig, flops: float):
-        self.cfg, self.flops = cfg, flops
-        self.file = path.open("a", encoding="utf-8") if path else None
-        self.waiting: list[dict[str, Any]] = []
-        self.clock, self.paused = time.perf_counter(), 0.0
+    def write(self, trainer: Trainer, tensors: dict[str, Tensor], folder: Path) -> None:
+        write_folder(trainer.model, trainer.tokenizer, folder, state=tensors)
 
-    def add(self, **entry: Any) -> None:
-        self.waiting.append(entry)
-
-    def flush(self, note: str = "") -> None:
-        if not self.waiting:
-            return
-        rows = [{k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()} for row in self.waiting]
-        seconds = time.perf_counter() - self.clock - self.paused
-        speed = sum(row["targets"] for row in rows) / seconds
-        if self.file:
-            self.file.writelines(json.dumps(row) + "\n" for row in rows)
-            self.file.flush()
-            last = rows[-1]
-            print(
-                f"step {last['step']}/{self.cfg.steps} loss {last['loss']:.4f} lr {last['lr']:.2e} "
-                f"grad_norm {last['grad_norm']:.2f} tok/s {speed:,.0f} GFLOP/s {speed * self.flops / 1e9:.0f}{note}",
-                file=sys.stderr,
-                flush=True,
-            )
-        self.waiting, self.clock, self.paused = [], time.perf_counter(), 0.0
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time that does not count as training: evaluation, samples, checkpoints."""
-        started = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - started
-
-    def close(self) -> None:
-        self.flush()
-        if self.file:
-            self.file.close()
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        return load_model(folder)[0].state_dict()
 
 
 class Trainer(NamedTuple):
     """What `fit` works on."""
 
     cfg: Config
+    loop: TrainConfig  # the section of the script: steps, rates, intervals
     world: World
     objective: nn.Module  # wrapped
     model: GPT
     tokenizer: Tokenizer
     batches: PretrainBatches | StreamBatches
-    windows: list[Batch]
-    folder: Path
+    windows: list[Batch]  # to validate on
+    sample: Callable[[Trainer], str]  # what the model writes now; all ranks call it
+    rows: int  # of a micro-batch
     autocast: Any
     scaler: torch.amp.GradScaler
+    speed: Speed
+    store: WholeModel
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.run.dir)
 
 
-def fit(trainer: Trainer) -> dict[str, float]:
-    """Train from the newest checkpoint, or from the start, to the last step; returns the last evaluation."""
-    cfg, world, model = trainer.cfg, trainer.world, trainer.model
-    optimizers = Optimizers(parameter_groups(model, cfg.train), cfg.train)
-    plateau, best = Plateau(cfg.train), {"step": None, "loss": math.inf}
-    first = resume(trainer, optimizers, plateau, best)
-    rows = micro_rows(cfg, world)
-    flops = flops_per_token(model.cfg, cfg.train.seq_len)
-    log = MetricLog(trainer.folder / "metrics.jsonl" if world.is_main else None, cfg.train, flops)
-    bytes_of, stop, skipped, result = token_bytes(trainer.tokenizer), Stop(), 0, {}
+class Progress:
+    """Where a run stands, beside its tensors. A checkpoint holds all of it."""
+
+    def __init__(self, loop: TrainConfig):
+        self.loop, self.plateau = loop, Plateau(loop)
+        self.step = 0  # optimizer steps that are done
+        self.best: dict[str, Any] = {"step": None, "loss": math.inf}
+        self.stale = 0  # evaluations since the best one
+        self.result: dict[str, float] = {}  # of the last evaluation
+
+    def see(self, result: dict[str, float]) -> None:
+        """Take an evaluation into account."""
+        self.result = result
+        if self.step > self.loop.warmup_steps:  # a rate that still rises is not to be lowered
+            self.plateau.see(result["loss"])
+        self.stale += 1
+        if result["loss"] < self.best["loss"]:
+            self.best, self.stale = {"step": self.step, "loss": result["loss"]}, 0
+
+    @property
+    def over(self) -> bool:
+        given_up = bool(self.loop.patience) and self.stale >= self.loop.patience
+        return given_up or self.step >= self.loop.steps
+
+    def state(self) -> dict[str, Any]:
+        kept = {"step": self.step, "best": self.best, "stale": self.stale, "result": self.result}
+        return kept | {"plateau": self.plateau.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.step, self.best, self.stale, self.result = (state[k] for k in ("step", "best", "stale", "result"))
+        self.plateau.load(state["plateau"])
+
+
+def fit(trainer: Trainer, source: Path | None = None) -> dict[str, float]:
+    """Train from a checkpoint, or from the start, to the end; returns the last evaluation."""
+    cfg, loop, world, model = trainer.cfg, trainer.loop, trainer.world, trainer.model
+    optimizers, progress, stop = Optimizers(parameter_groups(model, loop), loop), Progress(loop), Stop()
+    resumed = resume(trainer, source, optimizers, progress) if source else None
+    log = MetricLog(cfg, trainer.folder, progress.step, loop.steps, loop.skip_limit, trainer.speed, world)
+    early = progress.step + 3  # so that a person soon sees loss, speed and remaining time
     model.train()
-    with stop.watching():
-        for step in range(first, cfg.train.steps):
-            rate = lr_at(step, cfg.train, plateau.scale)
+    with stop.watching(), log.open():
+        if resumed:
+            log.event(**resumed)
+        while not progress.over:
+            step = progress.step
+            rate = lr_at(step, loop, progress.plateau.scale)
             optimizers.set_rate(rate)
-            batch = trainer.batches(step, world.rank, world.size)
-            micros = micro_batches(batch, rows, world.device)
+            seed_step(cfg.run.seed, step, world.rank)
             metrics = train_step(
                 trainer.objective,
                 optimizers,
-                micros,
+                micro_batches(trainer.batches(step, world.rank, world.size), trainer.rows, world.device),
                 world,
-                clip=cfg.train.clip,
+                clip=loop.clip,
                 scaler=trainer.scaler,
                 autocast=trainer.autocast,
             )
-            done = step + 1
+            progress.step = done = step + 1
             sha = trainer.batches.sha(step) if world.is_main else ""
             log.add(step=done, **metrics, lr=rate, epoch=trainer.batches.epoch(done), cursor=done, batch_sha=sha)
-            skipped = skipped + 1 if metrics["skipped"] else 0
-            if skipped > cfg.train.skip_limit:
-                log.close()
-                raise NonFiniteError(f"{skipped} steps in a row without a finite gradient, last at step {done}")
-            last, leaving = done == cfg.train.steps, any_rank(stop.asked, world)
-            if last or leaving or done % cfg.train.log_every == 0:
+            leaving, last = any_rank(stop.asked, world), done == loop.steps
+            if last or leaving or done == early or done % loop.log_every == 0:
                 log.flush()
-            if last or done % cfg.train.eval_every == 0:
+            if done == early and (idle := optimizers.idle()):
+                say(f"warning: never a gradient for {', '.join(idle[:5])} and {max(0, len(idle) - 5)} more")
+            if last or done % loop.eval_every == 0:
+                log.flush()
                 with log.pause():
-                    result = evaluate(model, trainer.windows, bytes_of, world, trainer.autocast)
-                    plateau.see(result["loss"])
-                    best = min(best, {"step": done, "loss": result["loss"]}, key=lambda entry: entry["loss"])
-                    show_progress(trainer, done, result)
-            if last or leaving or done % cfg.run.save_every == 0:
+                    progress.see(
+                        evaluate(model, trainer.windows, token_bytes(trainer.tokenizer), world, trainer.autocast)
+                    )
+                    show_progress(trainer, log, progress)
+            if progress.over or leaving or done % cfg.run.save_every == 0 or progress.best["step"] == done:
+                log.flush()
                 with log.pause():
-                    keep_checkpoint(trainer, done, optimizers, plateau, best, rate)
-            if leaving and not last:
-                log.close()
+                    keep_checkpoint(trainer, progress, optimizers, rate)
+            if leaving and not progress.over:
                 if world.is_main:
                     write_status(trainer.folder, "preempted", PREEMPTED, f"signal after step {done}")
                 raise SystemExit(PREEMPTED)
-    log.close()
-    return result
+    return progress.result
 
 
-def show_progress(trainer: Trainer, step: int, result: dict[str, float]) -> None:
-    """A line with the validation loss, and what the model writes at this point when it begins a document."""
-    if not trainer.world.is_main:
-        return
-    row = {"step": step, **{f"val/{name}": value for name, value in result.items()}}
-    with (trainer.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def show_progress(trainer: Trainer, log: MetricLog, progress: Progress) -> None:
+    """A line with the validation loss, and what the model writes at this point."""
+    step, result = progress.step, progress.result
+    log.event(step=step, **{f"val/{name}": value for name, value in result.items()})
     say(f"step {step} val/loss {result['loss']:.4f} perplexity {result['perplexity']:.2f} "
         f"bits per byte {result['bits_per_byte']:.4f}")  # fmt: skip
-    length = min(trainer.cfg.train.sample_tokens, trainer.model.cfg.context - 1)
-    if length:
-        start = trainer.tokenizer.eos_id  # what a document begins after
-        params = {"max_new_tokens": length, "temperature": 0.8, "top_p": 0.95, "seed": trainer.cfg.run.seed}
-        banned = range(trainer.tokenizer.n_vocab, trainer.model.cfg.vocab_size)
-        (ids,) = generate(trainer.model, [[start]], eos=start, banned=banned, **params)
-        text = trainer.tokenizer.decode(ids[1:], skip_special=True)
-        with (trainer.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "text": text}) + "\n")
+    if trainer.loop.sample_tokens:
+        text = trainer.sample(trainer)
+        log.sample(step, text)
         say("  | " + escape_terminal(text).replace("\n", "\n  | "))
+
+
+def written(trainer: Trainer, prompt: list[int], eos: int | list[int]) -> str:
+    """How the model goes on from a prompt, control tokens left out."""
+    model, tokenizer = trainer.model, trainer.tokenizer
+    length = min(trainer.loop.sample_tokens, model.cfg.context - len(prompt))
+    params = {"max_new_tokens": length, "temperature": 0.8, "top_p": 0.95, "seed": trainer.cfg.run.seed}
+    banned = range(tokenizer.n_vocab, model.cfg.vocab_size)  # ids that stand for nothing
+    (ids,) = generate(model, [prompt], eos=eos, banned=banned, **params)
+    return tokenizer.decode(ids[len(prompt) :], skip_special=True)
+
+
+def sample_document(trainer: Trainer) -> str:
+    """The beginning of a document."""
+    eos = trainer.tokenizer.eos_id  # what a document begins after
+    return written(trainer, [eos], eos)
 
 
 # --- stop and go on ---------------------------------------------------------------------------------------------------
 
 # What may differ between a run and its continuation without a word: it does not change a single weight.
 HARMLESS = re.compile(
-    r"run\.(device|dir|resume|keep|save_every|wandb|allow_change)|infer\..*|data\.(cache_dir|workers)"
-    r"|train\.(micro_batch|checkpoint_activations|compile|eval_every|eval_tokens|log_every|sample_tokens|skip_limit)"
+    r"run\.(device|dir|resume|overwrite|keep|save_every|parallel|allow_change)|(infer|log)\..*|data\.(cache_dir|workers)"
+    r"|\w+\.(micro_batch|checkpoint_activations|compile|eval_every|eval_tokens|log_every|sample_tokens|skip_limit)"
 )
 
 
@@ -432,249 +364,233 @@ def flat(section: dict[str, Any], path: str = "") -> dict[str, Any]:
     return out
 
 
-def refuse_changes(cfg: Config, old: dict[str, Any]) -> None:
-    """A continued run is the same run: other weights, data or rates are named, and refused unless allowed by key."""
+def refuse_changes(cfg: Config, old: dict[str, Any]) -> dict[str, list[Any]]:
+    """What differs from the run that is continued, as {key: [old, new]}; refused unless allowed by key."""
     was, now = flat(old), flat(json.loads(json.dumps(asdict(cfg))))
-    changed = [key for key in now if now[key] != was.get(key) and not HARMLESS.fullmatch(key)]
+    changed = {key: [was.get(key), now[key]] for key in now if now[key] != was.get(key) and not HARMLESS.fullmatch(key)}
     refused = [key for key in changed if key not in cfg.run.allow_change or key.startswith("model.")]
     if refused:
-        listed = ", ".join(f"{key} {was.get(key)!r} -> {now[key]!r}" for key in refused)
-        raise ConfigError(f"{cfg.run.dir}: this run was started otherwise: {listed} (another --run.dir starts anew)")
+        listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in refused)
+        raise ConfigError(
+            f"{cfg.run.dir}: this run was started otherwise: {listed} (--run.dir for a new run, --run.allow_change KEY)"
+        )
+    return changed
 
 
-def random_state(device: torch.device) -> dict[str, str]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return {name: bytes(value.tolist()).hex() for name, value in state.items()}
-
-
-def restore_random_state(state: dict[str, str], device: torch.device) -> None:
-    tensors = {name: torch.tensor(list(bytes.fromhex(value)), dtype=torch.uint8) for name, value in state.items()}
-    torch.set_rng_state(tensors["cpu"])
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)
-
-
-def keep_checkpoint(
-    trainer: Trainer, step: int, optimizers: Optimizers, plateau: Plateau, best: dict, rate: float
-) -> None:
+def keep_checkpoint(trainer: Trainer, progress: Progress, optimizers: Optimizers, rate: float) -> None:
     """Write everything that the run needs to go on; every rank waits until it is durable."""
-    if trainer.world.is_main:
-        state = {
-            "step": step,
+    world, step = trainer.world, progress.step
+    weights = gathered(trainer.store.tensors(trainer.model), world)  # by all ranks together
+    moments = gathered(optimizers.state(), world)
+    if world.is_main:
+        state = progress.state() | {
             "cursor": step,
             "lr": rate,
-            "plateau": plateau.state(),
-            "best": best,
+            "rng": f"seeded by ({trainer.cfg.run.seed}, step, rank)",
             "scaler": trainer.scaler.state_dict(),
-            "rng": random_state(trainer.world.device),
             "config": asdict(trainer.cfg),
-            "tokenizer_hash": trainer.tokenizer.hash,
+            "over": progress.over,
+            "world_size": world.size,
             "data": trainer.batches.fingerprint,
             "stream": trainer.batches.state() if isinstance(trainer.batches, StreamBatches) else None,
         }
         path, digest = save(
             trainer.folder,
             step,
-            model=trainer.model,
+            model=lambda folder: trainer.store.write(trainer, weights, folder),
             tokenizer=trainer.tokenizer,
-            optimizer=optimizers.state(),
+            optimizer=moments,
             state=state,
             keep=trainer.cfg.run.keep,
-            best=best["step"],
+            best=progress.best["step"],
+            warn=lambda text: say(f"warning: {text}"),
         )
         print(f"CKPT step={step} path={path} sha256={digest}", flush=True)
-    barrier(trainer.world)
+    barrier(world)
 
 
-def resume(trainer: Trainer, optimizers: Optimizers, plateau: Plateau, best: dict) -> int:
-    """Put everything back as the newest checkpoint has it; returns the number of steps that are done."""
-    cfg = trainer.cfg
-    newest = newest_valid(trainer.folder, say)
-    if newest is None:
-        if cfg.run.resume == "must":
-            raise ResumeError(f"{trainer.folder}: run.resume is must, but there is no checkpoint")
-        return 0
-    if cfg.run.resume == "never":
-        raise ConfigError(f"{trainer.folder}: run.resume is never, but {newest.name} is there; choose another run.dir")
-    tensors, state = load_trainer_state(newest)
-    refuse_changes(cfg, state["config"])
+def gathered(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors on the main rank, one after the other; nothing on the others."""
+    found = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in found if world.is_main}
+
+
+def starting_point(cfg: Config) -> Path | None:
+    """The checkpoint to go on from: that which is named, else the newest that is whole; None: start anew."""
+    folder, wanted = Path(cfg.run.dir), cfg.run.resume
+    if wanted not in ("auto", "never", "must"):
+        if not Path(wanted).is_dir():
+            raise ResumeError(f"run.resume: expected auto, never, must or a checkpoint's folder, got {wanted!r}")
+        verify(Path(wanted))
+        return Path(wanted)
+    if wanted == "never" and cfg.run.overwrite:
+        return None
+    newest = newest_valid(folder, say)
+    if newest is None and wanted == "must":
+        raise ResumeError(f"{folder}: run.resume is must, but there is no checkpoint")
+    if newest is not None and wanted == "never":
+        raise ConfigError(f"{folder}: run.resume is never, but {newest.name} is there (--run.overwrite deletes it)")
+    return newest
+
+
+def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Progress) -> dict[str, Any]:
+    """Put everything back as a checkpoint has it. Returns what is to be logged about it."""
+    cfg, model = trainer.cfg, trainer.model
+    tensors, state = load_trainer_state(source)
+    changed = refuse_changes(cfg, state["config"])
     for name, old, new in (
         ("tokenizer", state["tokenizer_hash"], trainer.tokenizer.hash),
         ("data", state["data"], trainer.batches.fingerprint),
     ):
         if old != new and "data" not in cfg.run.allow_change:
-            raise ResumeError(f"{newest}: the {name} has changed since ({old[:12]} -> {new[:12]})")
-    stored, _ = load_model(newest, trainer.world.device)
-    trainer.model.load_state_dict(stored.state_dict())
-    optimizers.load(tensors)
+            raise ResumeError(f"{source}: the {name} has changed since ({old[:12]} -> {new[:12]})")
+    stored = trainer.store.read(source)
+    with torch.no_grad():
+        for name, tensor in trainer.store.tensors(model).items():
+            tensor.copy_(spread_like(stored[name], tensor))
+    try:
+        optimizers.load(tensors)
+    except ValueError as error:
+        raise ResumeError(f"{source}: {error}") from None
     if isinstance(trainer.batches, StreamBatches):
         trainer.batches.load_state(state["stream"])
-    plateau.load(state["plateau"])
-    best.update(state["best"])
+    progress.load(state)
     trainer.scaler.load_state_dict(state["scaler"])
-    restore_random_state(state["rng"], trainer.world.device)  # last: all of the above may have drawn
-    say(f"going on from {newest}")
-    return state["step"]
+    say(f"going on from {source}")
+    others = {
+        name: [old, versions().get(name)] for name, old in state["versions"].items() if old != versions().get(name)
+    }
+    if others:
+        listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in others.items())
+        say(f"warning: {source} was written by other versions: {listed}; figures may differ in their last digits")
+    return {"step": progress.step, "event": "resume", "from": str(source), "changed": changed, "versions": others}
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
-    """A line for the person, from the main rank alone, on stderr."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
-def memory_estimate(cfg: Config, rows: int) -> dict[str, float]:
-    """Bytes on one device: fp32 weights, gradients and optimizer state, activations and logits of one micro-batch."""
-    m, tokens = cfg.model, rows * cfg.train.seq_len
-    with torch.device("meta"):
-        groups = parameter_groups(GPT(m), cfg.train)
-    sizes = {kind: sum(p.numel() for p in members.values()) for kind, members in groups.items()}
-    parameters = sum(sizes.values())
-    q_size, kv_size = m.num_attention_heads * m.head_size, m.num_key_value_heads * m.head_size
-    # Kept for the backward of one layer and token, in fp32: two norms and their inputs (6 E), q k v before and after
-    # the rotation, the attention's output, and the MLP's gate, up, silu and product.
-    layer = 6 * m.hidden_size + 3 * q_size + 4 * kv_size + 4 * m.intermediate_size
-    kept = (
-        m.hidden_size * m.num_hidden_layers + layer if cfg.train.checkpoint_activations else layer * m.num_hidden_layers
-    )
-    return {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 8 * (parameters - sizes.get("muon", 0)) + 4 * sizes.get("muon", 0),
-        "activations": 4 * tokens * kept,
-        "logits": 3 * 4 * min(tokens * m.vocab_size, LOGITS_PER_CHUNK),  # logits, softmax and gradient
-    }
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that a process can still have on a device; on the CPU, and where it cannot be asked, the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-    return float(pages * os.sysconf("SC_PAGE_SIZE")) or math.inf
-
-
-def micro_rows(cfg: Config, world: World) -> int:
-    """Rows per forward: the largest share of a rank's rows that fits into memory, and on a CPU into its caches."""
-    own = cfg.train.rows // world.size
-    if cfg.train.micro_batch != "auto":
-        return min(cfg.train.micro_batch, own)
-    room = 0.8 * free_memory(world.device)
-    most = CPU_MICRO_TOKENS if world.device.type == "cpu" else GPU_MICRO_TOKENS
-    for rows in sorted((n for n in range(1, own + 1) if own % n == 0), reverse=True):
-        if rows * cfg.train.seq_len <= most and sum(memory_estimate(cfg, rows).values()) <= room:
-            return rows
-    return 1
-
-
-def compiled(objective: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Module:
+def compiled(objective: nn.Module, cfg: Config, loop: TrainConfig, device: torch.device) -> nn.Module:
     """Compile in place, where asked. `auto` compiles on CUDA, where it pays within seconds."""
-    wanted = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
-    if wanted and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-        say("not compiled: no C++ compiler found")
-    elif wanted:
-        model = objective.model  # whose rotary tables are made now: grown later, they would compile everything again
-        model.rope.tables(model.cfg, cfg.seq_len, cfg.seq_len, device)
+    if loop.compile == "off" or (loop.compile == "auto" and device.type != "cuda"):
+        return objective
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no Triton, a broken one: each fails in its own way
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else "no reason"
+        if loop.compile == "on":
+            raise ConfigError(f"train.compile: no working compiler here ({reason:.200})") from None
+        say(f"not compiled: no working compiler ({reason:.200})")
+        return objective
+    model = objective.model  # whose rotary tables are made now: grown later, they would compile everything again
+    model.rope.tables(model.cfg, loop.seq_len, loop.seq_len, device)
+    if cfg.run.parallel == "fsdp":
+        for block in model.model.layers:  # sharding hooks stand around each block
+            block.compile()
+    else:
         objective.compile()
     return objective
 
 
-def announce(cfg: Config, world: World, model: GPT, batches: Any, dtype: torch.dtype, reason: str) -> None:
-    """What is about to happen, in six lines."""
-    train, rows = cfg.train, micro_rows(cfg, world)
-    size = sum(p.numel() for p in model.parameters())
-    estimate = memory_estimate(cfg, rows)
-    groups = parameter_groups(model, train)
-    named = {"muon": "matrices by Muon", "decay": "with weight decay", "plain": "without"}
-    micro = train.rows // world.size // rows
-    say(f"device     {world.device} x {world.size}, {str(dtype).removeprefix('torch.')} ({reason})")
-    say(
-        f"model      {size / 1e6:.2f} M parameters, {flops_per_token(model.cfg, train.seq_len) / 1e6:.1f} MFLOP a token"
+def assemble(
+    cfg: Config,
+    loop: TrainConfig,
+    world: World,
+    objective: nn.Module,
+    tokenizer: Tokenizer,
+    batches: PretrainBatches | StreamBatches,
+    windows: list[Batch],
+    sample: Callable[[Trainer], str],
+    store: WholeModel,
+) -> Trainer:
+    """The part of the way to `fit` that all scripts share: precision, plan, compilation, ranks."""
+    model = objective.model
+    model.checkpoint_activations = loop.checkpoint_activations
+    dtype, reason = pick_dtype(cfg.run.dtype, world.device)
+    peak = peak_of(world.device, dtype)
+    rows = micro_rows(cfg, model.cfg, loop, world)
+    announce(cfg, loop, world, model, batches, rows, f"{str(dtype).removeprefix('torch.')} ({reason})", peak)
+    return Trainer(
+        cfg=cfg,
+        loop=loop,
+        world=world,
+        objective=wrap(compiled(objective, cfg, loop, world.device), world, cfg.run.parallel),
+        model=model,
+        tokenizer=tokenizer,
+        batches=batches,
+        windows=windows,
+        sample=sample,
+        rows=rows,
+        autocast=torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext(),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
+        speed=Speed.of(model.cfg, loop.seq_len, peak, world.size),
+        store=store,
     )
-    say("optimizer  " + ", ".join(f"{len(m)} tensors ({sum(p.numel() for p in m.values()) / 1e6:.2f} M) {named[k]}"
-        for k, m in groups.items()))  # fmt: skip
-    say("memory     " + ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in estimate.items())
-        + f": {sum(estimate.values()) / 1e9:.2f} of {free_memory(world.device) / 1e9:.1f} GB free")  # fmt: skip
-    say(f"step       {train.batch_tokens:,} tokens: {train.rows} rows of {train.seq_len} in {micro} x {rows} a rank")
-    say(f"plan       {train.steps} steps, {train.steps * train.batch_tokens / 1e6:.2f} M tokens, "
-        f"{batches.epoch(train.steps):.2f} epochs, {train.schedule} to {train.lr:g}")  # fmt: skip
+
+
+def main_first(world: World, make: Callable[[], Any]) -> Any:
+    """What the main rank makes on disk, the others find done."""
+    if not world.is_main:
+        barrier(world)
+    made = make()
+    if world.is_main:
+        barrier(world)
+    return made
 
 
 def build(cfg: Config, world: World) -> Trainer:
-    """Everything that the loop needs, from the text to the wrapped objective."""
-    dtype, reason = pick_dtype(cfg.run.dtype, world.device)
-    if not world.is_main:
-        barrier(world)  # the main rank prepares, the others find it done
-    data = prepare(cfg.data, cfg.model.vocab_size, progress=world.is_main)
-    if world.is_main:
-        barrier(world)
-    batches = open_batches(cfg.data, data, cfg.train.seq_len, cfg.train.rows, cfg.run.seed)
-    isolate = cfg.data.isolate_documents
-    windows = eval_windows(data.val, cfg.train.seq_len, cfg.train.eval_tokens, isolate_documents=isolate)
+    """A model from scratch, on text."""
+    loop, isolate = cfg.train, cfg.data.isolate_documents
+    data = main_first(world, lambda: prepare(cfg.data, cfg.model.vocab_size, progress=world.is_main))
+    batches = open_batches(cfg.data, data, loop.seq_len, loop.rows, cfg.run.seed)
+    windows = eval_windows(data.val, loop.seq_len, loop.eval_tokens, isolate_documents=isolate)
     torch.manual_seed(cfg.run.seed)
-    model = GPT(cfg.model).to(world.device)
-    model.checkpoint_activations = cfg.train.checkpoint_activations
-    objective = LanguageModeling(model, {"z_loss": cfg.train.z_loss})
-    announce(cfg, world, model, batches, dtype, reason)
-    half = dtype != torch.float32
-    return Trainer(
-        cfg=cfg,
-        world=world,
-        objective=wrap(compiled(objective, cfg.train, world.device), world),
-        model=model,
-        tokenizer=data.tokenizer,
-        batches=batches,
-        windows=windows,
-        folder=Path(cfg.run.dir),
-        autocast=torch.autocast(world.device.type, dtype) if half else nullcontext(),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
-    )
+    objective = LanguageModeling(GPT(cfg.model).to(world.device), {"z_loss": loop.z_loss})
+    return assemble(cfg, loop, world, objective, data.tokenizer, batches, windows, sample_document, WholeModel())
 
 
-def finished(folder: Path, cfg: Config) -> bool:
-    """Whether the run is complete: then the same command says so and changes nothing."""
-    newest = newest_valid(folder, say) if folder.is_dir() else None
-    if newest is None or cfg.run.resume == "never":
-        return False
-    state = load_trainer_state(newest)[1]
-    if state["step"] < cfg.train.steps:
-        return False
-    refuse_changes(cfg, state["config"])
-    say(f"{folder} is complete: {state['step']} steps, best validation loss {state['best']['loss']:.4f}")
-    say(f'next: python infer.py --ckpt {folder} --prompt "def "')
-    return True
+# --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, world: World) -> None:
+def run(cfg: Config, world: World, build: Callable[[Config, World], Trainer], following: str) -> None:
+    """A run in its folder, from the lock to the last line. `following` is the command to try next.
+
+    The same command on a complete run says so and changes nothing.
+    """
     folder, started = Path(cfg.run.dir), time.perf_counter()
-    if finished(folder, cfg):
-        return
     with lock(folder) if world.is_main else nullcontext():
+        source = main_first(world, lambda: starting_point(cfg))
+        if source:
+            state = read_state(source)
+            changed = refuse_changes(cfg, state["config"])  # before anything is written
+            if state["over"] and not changed:
+                say(f"{folder} is complete: {state['step']} steps, best validation loss {state['best']['loss']:.4f}")
+                say(f"next: {following}")
+                return
         if world.is_main:
+            if cfg.run.overwrite and not source:
+                clear(folder)
             write_atomic(folder / "config.yaml", dump(cfg).encode())
             write_atomic(folder / "source.json", json.dumps(source_record(), indent=2).encode())
             write_status(folder, "running", 0, "")
-        trainer = build(cfg, world)
-        if world.is_main:
-            size = sum(p.numel() * 12 for p in trainer.model.parameters())  # fp32 weights and two moments
-            check_disk(folder, size, cfg.run.keep)
         try:
-            result = fit(trainer)
-        except Exception as error:
+            trainer = build(cfg, world)
             if world.is_main:
-                write_status(folder, "failed", getattr(error, "exit_code", 1), str(error))
+                # fp32 weights, and two moments of those that are trained
+                size = sum(p.numel() * (12 if p.requires_grad else 4) for p in trainer.model.parameters())
+                check_disk(folder, size, cfg.run.keep)
+            result = fit(trainer, source)
+        except SystemExit:  # stopped by a signal, and said so
+            raise
+        except BaseException as error:
+            if world.is_main:
+                write_status(folder, "failed", exit_code_of(error), str(error) or type(error).__name__)
             raise
         if world.is_main:
             write_status(folder, "done", 0, "")
             seconds = time.perf_counter() - started
             say(f"done in {seconds:.0f} s: {result['bits_per_byte']:.4f} bits per byte of validation text")
             say(f"wrote {folder}/: metrics.jsonl, samples.jsonl, checkpoints/ (AutoModelForCausalLM loads each)")
-            say(f'next: python infer.py --ckpt {folder} --prompt "def "')
+            say(f"next: {following}")
 
 
 def main(argv: list[str]) -> None:
@@ -682,7 +598,7 @@ def main(argv: list[str]) -> None:
     world = start(cfg.run.device)
     try:
         check(cfg, world.size)
-        train(cfg, world)
+        run(cfg, world, build, f'python infer.py --ckpt {cfg.run.dir} --prompt "def "')
     finally:
         stop(world)
 

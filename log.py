@@ -1,0 +1,244 @@
+"""What a run says while it goes: metrics.jsonl, a bar or lines for the person, wandb, and how fast it is.
+
+MFU, model FLOP utilisation, is FLOPs a token x tokens a second / peak. The FLOPs are those of the matrix products that
+the model needs (`model.flops_per_token`): recomputed activations do not count, nor do embeddings that are looked up.
+Attention counts once with the half of its scores that causality needs, and once in full, as many papers have it. The
+peak is the device's data sheet (dense, in the dtype that computes), or on a CPU and an Apple GPU a measured product.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config, LogConfig
+from distributed import World
+from model import ModelConfig, flops_per_token
+from runfolder import NonFiniteError, write_atomic
+
+# Dense half-precision peaks in TFLOP/s, from the vendors' data sheets; the first name that is part of the device's.
+PEAKS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A800": 312, "H800": 989,
+    "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
+    "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX A6000": 155, "RTX 6000 Ada": 364,
+}  # fmt: skip
+SIDE, SECONDS = 1024, 0.4  # of the square matrices whose product is measured; for how long
+
+
+def say(text: str) -> None:
+    """A line for the person, from the main rank alone, on stderr, above the bar if there is one."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+class Peak(NamedTuple):
+    """FLOP/s of one device at most; None: not known."""
+
+    flops: float | None
+    origin: str
+
+
+def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
+    kind = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        words = name.replace("-", " ")
+        known = next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", words)), None)
+        if known is None or dtype == torch.float32:
+            return Peak(None, f"of {name} in {kind} not known")
+        return Peak(known * 1e12, f"{known} TFLOP/s of {name}, {kind}, data sheet")
+    peak = measured_peak(device, dtype)
+    return Peak(peak, f"{peak / 1e9:.0f} GFLOP/s, measured: {kind} product of {SIDE} x {SIDE}")
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of several matrix products: what else runs on the machine only makes them slower."""
+    a = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
+    times = []
+    until = time.perf_counter() + SECONDS
+    while not times or time.perf_counter() < until:
+        started = time.perf_counter()
+        (a @ a).flatten()[0].item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return 2 * SIDE**3 / min(times)
+
+
+class Speed(NamedTuple):
+    """Tokens per second as a share of what the devices could do."""
+
+    causal: float  # FLOPs a token, attention counted as far as causality needs it
+    full: float  # and in full
+    peak: float | None  # of all devices together, FLOP/s
+
+    @classmethod
+    def of(cls, model: ModelConfig, seq_len: int, peak: Peak, devices: int) -> Speed:
+        flops = [flops_per_token(model, seq_len, causal=causal) for causal in (True, False)]
+        return cls(*flops, peak.flops and peak.flops * devices)
+
+    def metrics(self, tokens_per_s: float) -> dict[str, float | None]:
+        return {"tokens_per_s": tokens_per_s, "mfu": self._share(self.causal * tokens_per_s),
+                "mfu_full": self._share(self.full * tokens_per_s)}  # fmt: skip
+
+    def _share(self, flops_per_s: float) -> float | None:
+        return flops_per_s / self.peak if self.peak else None
+
+
+def percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f}%"
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def trim(file: Path, step: int) -> None:
+    """Drop the rows after `step`, which are about to come again, and what a kill has left of a line."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            continue
+    write_atomic(file, "".join(kept).encode())
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: a tensor's number, null for what is not finite."""
+    value = value.item() if isinstance(value, Tensor) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricLog:
+    """One row per step in metrics.jsonl and wandb; for the person a bar on a terminal, else lines that grep finds.
+
+    Values stay tensors until `flush`, so that the device is asked once per interval. All ranks keep the log, because
+    all have to see when steps are skipped; the main rank alone writes.
+    """
+
+    def __init__(self, cfg: Config, folder: Path, first: int, steps: int, skip_limit: int, speed: Speed, world: World):
+        self.steps, self.skip_limit, self.speed, self.main = steps, skip_limit, speed, world.is_main
+        self.path = folder / "metrics.jsonl"
+        self.waiting: list[dict[str, Any]] = []
+        self.skipped, self.done = 0, first
+        self.wandb = self.bar = None
+        if self.main:
+            trim(self.path, first)
+            trim(folder / "samples.jsonl", first)
+            self.wandb = start_wandb(cfg, folder)
+            self.bar = tqdm(total=steps, initial=first, unit="step", disable=None, file=sys.stderr, leave=False)
+        self.clock, self.paused = time.perf_counter(), 0.0
+
+    def add(self, **entry: Any) -> None:
+        self.waiting.append(entry)
+        if self.bar is not None:
+            self.bar.update()
+
+    def flush(self) -> None:
+        """Write the waiting rows, say how it goes; a NonFiniteError after too many skipped steps in a row."""
+        if not self.waiting:
+            return
+        rows = [{key: plain(value) for key, value in row.items()} for row in self.waiting]
+        seconds = time.perf_counter() - self.clock - self.paused
+        rows[-1] |= self.speed.metrics(sum(row["targets"] for row in rows) / seconds)
+        self.done = rows[-1]["step"]
+        if self.main:
+            self._write(rows)
+            self._tell(rows[-1], seconds / len(rows) * (self.steps - self.done))
+        self.waiting, self.clock, self.paused = [], time.perf_counter(), 0.0
+        for row in rows:
+            self._watch(row)
+
+    def event(self, **row: Any) -> None:
+        """A row beside those of the steps: an evaluation, a resume."""
+        if self.main:
+            self._write([{key: plain(value) for key, value in row.items()}])
+
+    def sample(self, step: int, text: str) -> None:
+        if self.main:
+            with (self.path.parent / "samples.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "text": text}) + "\n")
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.wandb is not None:
+            for row in rows:
+                self.wandb.log({key: value for key, value in row.items() if key != "batch_sha"}, step=row["step"])
+
+    def _tell(self, row: dict[str, Any], seconds_left: float) -> None:
+        loss = "n/a" if row["loss"] is None else f"{row['loss']:.4f}"
+        norm = "n/a" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+        figures = f"loss {loss} lr {row['lr']:.2e} grad_norm {norm} tok/s {row['tokens_per_s']:,.0f} " + (
+            f"MFU {percent(row['mfu'])} ({percent(row['mfu_full'])})"
+        )
+        if not self.bar.disable:
+            self.bar.set_postfix_str(figures)
+        else:
+            say(f"step {row['step']}/{self.steps} {figures} ETA {tqdm.format_interval(seconds_left)}")
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        self.skipped = self.skipped + 1 if row["skipped"] else 0
+        if self.skipped:
+            say(f"step {row['step']} skipped: its gradient is not finite (batch_sha {row['batch_sha']})")
+        if self.skipped > self.skip_limit:
+            raise NonFiniteError(f"{self.skipped} steps in a row without a finite gradient, last at step {row['step']}")
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that does not count as training: evaluation, samples, checkpoints."""
+        started = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - started
+
+    @contextmanager
+    def open(self) -> Iterator[MetricLog]:
+        try:
+            yield self
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def start_wandb(cfg: Config, folder: Path) -> Any:
+    """The wandb run of this run folder, the same one after a resume; None where wandb is off."""
+    log: LogConfig = cfg.log
+    if log.wandb == "off":
+        return None
+    import wandb
+
+    note = folder / "wandb-id"
+    if not note.exists():
+        write_atomic(note, secrets.token_hex(8).encode())
+    return wandb.init(
+        project=log.project,
+        name=log.name or folder.name,
+        id=note.read_text().strip(),
+        resume="allow",
+        mode=log.wandb,
+        dir=str(folder),
+        config=asdict(cfg),
+        settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+    )

@@ -1,0 +1,137 @@
+"""How weights move: which parameter is in which group, the optimizers, and the one owner of the learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from config import TrainConfig
+from distributed import spread_like
+
+
+def parameter_groups(model: nn.Module, cfg: TrainConfig) -> dict[str, dict[str, nn.Parameter]]:
+    """Each trainable parameter in one group: muon (hidden matrices), decay (other matrices), plain (vectors)."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "decay": {}, "plain": {}}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        hidden = ".layers." in name and parameter.dim() == 2
+        kind = "plain" if parameter.dim() < 2 else "muon" if hidden and cfg.optimizer == "muon" else "decay"
+        groups[kind][name] = parameter
+    return {kind: members for kind, members in groups.items() if members}
+
+
+class Optimizers:
+    """AdamW, with Muon beside it for the hidden matrices; one rate for all. State is kept by parameter name."""
+
+    def __init__(self, groups: dict[str, dict[str, nn.Parameter]], cfg: TrainConfig):
+        self.names = {p: name for members in groups.values() for name, p in members.items()}
+        adamw = [
+            {"params": list(groups[kind].values()), "weight_decay": decay}
+            for kind, decay in (("decay", cfg.weight_decay), ("plain", 0.0))
+            if kind in groups
+        ]
+        betas = (cfg.beta1, cfg.beta2)
+        self.members: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(adamw, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+        ]
+        if "muon" in groups:
+            matrices = list(groups["muon"].values())
+            # With this rule a Muon step is as long as one of AdamW, so that one rate serves both (arXiv 2502.16982).
+            muon = torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.members.append(muon)
+
+    def set_rate(self, rate: float) -> None:
+        for optimizer in self.members:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def step(self, skip: Tensor) -> None:
+        """Move the weights, unless the flag `skip` (0 or 1, fp32) is set: then weights, moments and counts all stay."""
+        for optimizer in self.members:
+            if isinstance(optimizer, torch.optim.AdamW):
+                # The fused kernel's own switch, which torch's GradScaler sets too: the device is not asked.
+                optimizer.found_inf, optimizer.grad_scale = skip, None
+                optimizer.step()
+            elif not skip.item():  # Muon has no such switch
+                optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.members:
+            optimizer.zero_grad(set_to_none=True)
+
+    def idle(self) -> list[str]:
+        """Parameters that have never had a gradient: trainable by name only."""
+        moved = {p for optimizer in self.members for p in optimizer.state}
+        return [name for p, name in self.names.items() if p not in moved]
+
+    def state(self) -> dict[str, Tensor]:
+        """PARAMETER.key -> tensor."""
+        return {
+            f"{self.names[p]}.{key}": value
+            for optimizer in self.members
+            for p, entry in optimizer.state.items()
+            for key, value in entry.items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`; a tensor too many, too few or of another shape is a ValueError that names it."""
+        rest = dict(state)
+        for optimizer in self.members:
+            muon = isinstance(optimizer, torch.optim.Muon)
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                keys = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
+                entry = {key: rest.pop(f"{self.names[p]}.{key}", None) for key in keys}
+                if any(t is None or (key != "step" and t.shape != p.shape) for key, t in entry.items()):
+                    raise ValueError(f"optimizer state of {self.names[p]}: missing or of another shape")
+                # AdamW keeps its step count beside the parameters in fp32, also on a device.
+                optimizer.state[p] = {
+                    key: t.to(p.device) if key == "step" else spread_like(t, p) for key, t in entry.items()
+                }
+        if rest:
+            raise ValueError(f"optimizer state: unexpected {', '.join(sorted(rest)[:5])}")
+
+
+class Plateau:
+    """Multiplies the rate by a factor when the validation loss has stopped falling."""
+
+    def __init__(self, cfg: TrainConfig):
+        self.cfg, self.scale, self.best, self.bad, self.cooldown = cfg, 1.0, math.inf, 0, 0
+
+    def see(self, loss: float) -> None:
+        if loss < self.best * (1 - self.cfg.plateau_threshold):
+            self.best, self.bad = loss, 0
+        elif self.cooldown:
+            self.cooldown -= 1
+        else:
+            self.bad += 1
+        if self.bad > self.cfg.plateau_patience:
+            self.scale = max(self.scale * self.cfg.plateau_factor, self.cfg.floor)
+            self.bad, self.cooldown = 0, self.cfg.plateau_cooldown
+
+    def state(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("scale", "best", "bad", "cooldown")}
+
+    def load(self, state: dict[str, float]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def lr_at(step: int, cfg: TrainConfig, plateau_scale: float = 1.0) -> float:
+    """The rate of a step: a linear warm-up, then the schedule, down to floor x lr at the last step."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, cfg.steps - 1 - cfg.warmup_steps)
+    if cfg.schedule == "plateau":
+        return cfg.lr * plateau_scale
+    if cfg.schedule == "constant":
+        return cfg.lr
+    if cfg.schedule == "cosine":
+        share = (1 + math.cos(math.pi * done)) / 2
+    elif cfg.schedule == "linear":
+        share = 1 - done
+    else:  # wsd: warm-up, stable, decay
+        share = min(1.0, (1 - done) / cfg.decay_share) if cfg.decay_share else 1.0
+    return cfg.lr * (cfg.floor + (1 - cfg.floor) * share)

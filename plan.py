@@ -1,0 +1,98 @@
+"""Before the first step: whether it will fit, in how many pieces a step is cut, and what is about to happen."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from config import Config, TrainConfig
+from distributed import World, least
+from log import Peak, say
+from model import GPT, LOGITS_PER_CHUNK, ModelConfig, flops_per_token
+from optim import parameter_groups
+
+CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
+GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
+
+
+def memory_estimate(m: ModelConfig, train: TrainConfig, rows: int, shards: int = 1) -> dict[str, float]:
+    """Bytes on one device: fp32 weights, gradients and optimizer state, activations and logits of one micro-batch.
+
+    shards: ranks among which weights, gradients and state are spread
+    """
+    tokens = rows * train.seq_len
+    with torch.device("meta"):
+        groups = parameter_groups(GPT(m), train)
+    sizes = {kind: sum(p.numel() for p in members.values()) for kind, members in groups.items()}
+    parameters = sum(sizes.values())
+    q_size, kv_size = m.num_attention_heads * m.head_size, m.num_key_value_heads * m.head_size
+    # Kept for the backward of one layer and token, in fp32: two norms and their inputs (6 E), q k v before and after
+    # the rotation, the attention's output, and the MLP's gate, up, silu and product.
+    layer = 6 * m.hidden_size + 3 * q_size + 4 * kv_size + 4 * m.intermediate_size
+    kept = m.hidden_size * m.num_hidden_layers + layer if train.checkpoint_activations else layer * m.num_hidden_layers
+    return {
+        "weights": 4 * parameters / shards,
+        "gradients": 4 * parameters / shards,
+        "optimizer": (8 * (parameters - sizes.get("muon", 0)) + 4 * sizes.get("muon", 0)) / shards,
+        "activations": 4 * tokens * kept,
+        "logits": 3 * 4 * min(tokens * m.vocab_size, LOGITS_PER_CHUNK),  # logits, softmax and gradient
+    }
+
+
+def shards_of(cfg: Config, world: World) -> int:
+    return world.size if cfg.run.parallel == "fsdp" else 1
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a process can still have on a device; on the CPU, and where it cannot be asked, the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+    return float(pages * os.sysconf("SC_PAGE_SIZE")) or math.inf
+
+
+def micro_rows(cfg: Config, model: ModelConfig, train: TrainConfig, world: World) -> int:
+    """Rows per forward: the largest share of a rank's rows that fits into memory, and on a CPU into its caches.
+
+    The same on all ranks, which have to come to each gradient together.
+    """
+    own = train.rows // world.size
+    if train.micro_batch != "auto":
+        return min(train.micro_batch, own)
+    room = 0.8 * free_memory(world.device)
+    most = CPU_MICRO_TOKENS if world.device.type == "cpu" else GPU_MICRO_TOKENS
+    fitting = [
+        rows
+        for rows in range(1, own + 1)
+        if own % rows == 0
+        and rows * train.seq_len <= most
+        and sum(memory_estimate(model, train, rows, shards_of(cfg, world)).values()) <= room
+    ]
+    return least(max(fitting, default=1), world)
+
+
+def announce(
+    cfg: Config, train: TrainConfig, world: World, model: GPT, batches: Any, rows: int, dtype: str, peak: Peak
+) -> None:
+    """What is about to happen, in seven lines."""
+    size = sum(p.numel() for p in model.parameters())
+    estimate = memory_estimate(model.cfg, train, rows, shards_of(cfg, world))
+    groups = parameter_groups(model, train)
+    named = {"muon": "matrices by Muon", "decay": "with weight decay", "plain": "without"}
+    micro = train.rows // world.size // rows
+    flops = flops_per_token(model.cfg, train.seq_len)
+    parallel = f", {cfg.run.parallel}" if world.size > 1 else ""
+    tokens = train.steps * train.batch_tokens
+    say(f"device     {world.device} x {world.size}{parallel}, {dtype}")
+    say(f"model      {size / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a token")
+    say("optimizer  " + ", ".join(f"{len(m)} tensors ({sum(p.numel() for p in m.values()) / 1e6:.2f} M) {named[k]}"
+        for k, m in groups.items()))  # fmt: skip
+    say("memory     " + ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in estimate.items())
+        + f": {sum(estimate.values()) / 1e9:.2f} of {free_memory(world.device) / 1e9:.1f} GB free")  # fmt: skip
+    say(f"step       {train.batch_tokens:,} tokens: {train.rows} rows of {train.seq_len} in {micro} x {rows} a rank")
+    say(f"plan       {train.steps} steps, {tokens / 1e6:.2f} M tokens, "
+        f"{batches.epoch(train.steps):.2f} epochs, {train.schedule} to {train.lr:g}")  # fmt: skip
+    say(f"MFU        matrix FLOPs, causal attention (full in brackets), over the peak: {peak.origin}")
