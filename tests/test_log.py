@@ -1,0 +1,221 @@
+"""What a run says: that every step stands once, that speed has a formula and a peak, that wandb gets the same rows."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import log
+import train
+from config import Config, load_config
+from distributed import World
+from log import MetricLog, Peak, Speed
+from model import flops_per_token
+from runfolder import NonFiniteError
+
+ROOT = Path(__file__).parents[1]
+ALONE = World(0, 0, 1, torch.device("cpu"))
+SPEED = Speed(causal=2e6, full=3e6, peak=1e9)
+
+
+def config(*more: str) -> Config:
+    return load_config(list(more), "train")
+
+
+def row(step: int, loss: float = 2.0, skipped: float = 0.0) -> dict:
+    figures = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0), "targets": torch.tensor(8.0)}
+    return figures | {"step": step, "lr": 1e-3, "skipped": torch.tensor(skipped), "batch_sha": "ab"}
+
+
+def metric_log(folder: Path, first: int = 0, cfg: Config | None = None, **changes) -> MetricLog:
+    settings = {"steps": 10, "skip_limit": 2, "speed": SPEED, "world": ALONE} | changes
+    return MetricLog(cfg or config(), folder, first, **settings)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_log_holds_every_step_once(tmp_path: Path):
+    """After kill -9 the log is ahead of the checkpoint, and its last line may be half: steps stood in it twice."""
+    with metric_log(tmp_path).open() as first:
+        for step in range(1, 8):
+            first.add(**row(step))
+        first.flush()
+        first.event(step=6, **{"val/loss": 1.0})
+        first.sample(3, "kept")
+        first.sample(6, "to come again")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    with metric_log(tmp_path, first=5).open() as again:
+        assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4, 5]
+        again.add(**row(6))
+        again.flush()
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"step": 3, "text": "kept"}
+
+
+def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path, capfd: pytest.CaptureFixture):
+    """NaN is no JSON: other readers than Python's refuse the whole file."""
+    with metric_log(tmp_path).open() as opened:
+        opened.add(**row(1, loss=math.nan, skipped=1.0))
+        opened.flush()
+    assert rows(tmp_path)[0]["loss"] is None
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "step 1 skipped" in capfd.readouterr().err
+
+
+def test_t06_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path):
+    with metric_log(tmp_path).open() as opened:
+        for step, skipped in enumerate([1, 1, 0, 1, 1], start=1):  # never three in a row
+            opened.add(**row(step, skipped=skipped))
+        opened.flush()
+        opened.add(**row(6, skipped=1))  # across two intervals: steps 4, 5 and 6
+        with pytest.raises(NonFiniteError, match=r"3 steps in a row .* step 6"):
+            opened.flush()
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]  # written before it ends
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the program waits for a number from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_t13_a_step_asks_the_device_nothing(tmp_path: Path):
+    """Each `.item()` makes a GPU wait for the program. One per step cost a tenth of the speed and nobody saw it."""
+    model = tiny.model().train()
+    cfg = config().train
+    optimizers = train.Optimizers(train.parameter_groups(model, cfg), cfg)
+    ids = torch.randint(97, (4, 17))
+    micros = train.micro_batches(train.Batch(ids[:, :-1], ids[:, 1:], None), 2, ALONE.device)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    objective = train.LanguageModeling(model, {})
+    opened = metric_log(tmp_path)
+    with Asked() as asked:
+        for step in range(1, 4):
+            metrics = train.train_step(objective, optimizers, micros, ALONE, clip=1.0, scaler=scaler,
+                                       autocast=train.nullcontext())  # fmt: skip
+            opened.add(step=step, **metrics, lr=0.1, batch_sha="")
+        assert asked.count == 0
+        opened.flush()
+        assert asked.count > 0
+
+
+def test_mfu_is_flops_times_rate_over_peak():
+    cfg = tiny.config()
+    speed = Speed.of(cfg, 32, Peak(1e9, "assumed"), devices=2)
+    found = speed.metrics(1000.0)
+    assert found["mfu"] == pytest.approx(1000 * flops_per_token(cfg, 32) / 2e9)
+    assert found["mfu_full"] == pytest.approx(1000 * flops_per_token(cfg, 32, causal=False) / 2e9)
+    assert found["mfu_full"] > found["mfu"]
+    unknown = Speed.of(cfg, 32, Peak(None, "unknown"), devices=1).metrics(1000.0)
+    assert unknown["mfu"] is None
+    assert log.percent(unknown["mfu"]) == "n/a"
+    assert log.percent(0.1234) == "12.3%"
+
+
+def test_the_flops_of_a_token_are_those_that_torch_counts():
+    """Oracle: torch's own FLOP counter on a forward and backward, which counts the attention in full."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny.model(vocab_size=256).train()
+    ids = torch.randint(256, (2, 33))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(ids[:, :-1], ids[:, 1:]).loss.backward()
+    ours = 64 * flops_per_token(model.cfg, 32, causal=False)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-40GB", 312),
+     ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", 65),
+     ("NVIDIA GeForce GTX 1080", None)],
+)  # fmt: skip
+def test_the_peak_of_a_device_is_that_of_its_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = log.peak_of(torch.device("cuda"), torch.bfloat16)
+    assert found.flops == (peak and peak * 1e12)
+    assert log.peak_of(torch.device("cuda"), torch.float32).flops is None  # half-precision figures are not for it
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    found = log.peak_of(torch.device("cpu"), torch.float32)
+    assert found.flops > 1e9
+    assert "measured: float32 product" in found.origin
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch):
+    with metric_log(tmp_path).open() as opened:
+        opened.add(**row(1))
+        opened.flush()
+    assert capfd.readouterr().err.startswith("step 1/10 loss 2.0000 lr 1.00e-03 grad_norm 1.00 tok/s ")
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with metric_log(tmp_path, first=1).open() as opened:
+        opened.add(**row(2))
+        opened.flush()
+        opened.bar.refresh()
+        log.say("a line above the bar")
+    text = terminal.getvalue()
+    assert "2/10" in text
+    assert "loss 2.0000" in text
+    assert "step 2/10 loss" not in text
+    assert "a line above the bar\n" in text
+
+
+WANDB = """
+import sys
+from pathlib import Path
+import test_log
+for first in (0, 2):
+    cfg = test_log.config("--log.wandb=offline", "--log.project=here")
+    with test_log.metric_log(Path(sys.argv[1]), first, cfg).open() as opened:
+        for step in (first + 1, first + 2):
+            opened.add(**test_log.row(step))
+        opened.flush()
+print("wandb imported", "wandb" in sys.modules)
+"""
+
+
+def test_wandb_offline_gets_the_same_rows_and_goes_on_with_the_same_run(tmp_path: Path):
+    secret = "0123456789abcdef" * 2 + "canary00"
+    env = {**os.environ, "WANDB_API_KEY": secret, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", WANDB, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    run_id = (tmp_path / "wandb-id").read_text()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+    assert len(files) == 2  # two sittings of one run
+    assert b"grad_norm" in files[0].read_bytes()
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4]
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+    assert secret not in done.stdout + done.stderr
+
+
+def test_wandb_is_not_imported_unless_asked(tmp_path: Path):
+    code = "import sys, log, train, test_log; from pathlib import Path\n"
+    code += "test_log.metric_log(Path(sys.argv[1])).open().__enter__(); assert 'wandb' not in sys.modules"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
