@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from data import DataConfig
+from corpus import DataConfig
 from model import ModelConfig, Sampling
 
 DEFAULT_FILE = Path(__file__).with_name("config.yaml")

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from checkpoint import load_model
 from config import Config, ConfigError, TrainConfig, check, dump, load_config, run_script
-from data import Batch, PretrainBatches, StreamBatches, eval_windows, open_batches, prepare, token_bytes
+from corpus import prepare
+from data import Batch, PretrainBatches, StreamBatches, eval_windows, open_batches, token_bytes
 from distributed import World, any_rank, barrier, pick_dtype, start, stop, sync_gradients, total, wrap
 from model import GPT, IGNORE, LOGITS_PER_CHUNK, flops_per_token, generate
 from runfolder import (

@@ -18,12 +18,13 @@ IMPORTS = {
     "model": set(),
     "tokenizer": set(),
     "distributed": set(),
-    "data": {"tokenizer"},
-    "config": {"model", "data"},
+    "corpus": {"tokenizer"},
+    "data": {"corpus", "tokenizer"},
+    "config": {"model", "corpus"},
     "checkpoint": {"config", "model", "tokenizer"},
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
     "infer": {"config", "model", "tokenizer", "checkpoint", "distributed"},
-    "train": {"config", "model", "tokenizer", "data", "distributed", "checkpoint", "runfolder"},
+    "train": {"config", "model", "tokenizer", "corpus", "data", "distributed", "checkpoint", "runfolder"},
     "bench": {"config", "model", "data", "distributed", "train"},
 }
 # A file may read the configuration when it is itself the program.
