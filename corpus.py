@@ -23,7 +23,6 @@ import shutil
 import sys
 import sysconfig
 import zlib
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -212,7 +211,7 @@ class Reader:
     ) -> None:
         self.cfg, self.inputs, self.split_of, self.cursor, self.left = cfg, inputs, split_of, cursor, limit
         self.counts: Counter[str] = Counter()
-        self._state: Any = None  # of a streamed data set
+        self._state: Any = None  # behind the last row: of a streamed data set its own, of plain lines the byte
         self._position: Callable[[], int] = lambda: 0
 
     def __iter__(self) -> Iterator[Piece]:
@@ -246,9 +245,18 @@ class Reader:
                 if _kind(item.path) == ".parquet":
                     yield from _parquet_rows(file, self.cfg.text_key, skip)
                 else:
-                    for number, line in enumerate(_lines(file, item.path)):  # ends at \n alone, whatever JSON holds
-                        if number >= skip:
-                            yield line if number else line.removeprefix(codecs.BOM_UTF8)
+                    yield from self._line_rows(file, item.path, skip, state)
+
+    def _line_rows(self, file: BinaryIO, path: Path, skip: int, place: int | None) -> Iterator[bytes]:
+        """Lines, which end at \\n alone, whatever JSON holds. Of what is not compressed, those before are not read."""
+        lines, first = _lines(file, path), 0
+        if lines is file and place is not None:
+            file.seek(place)
+            first = skip
+        for number, line in enumerate(lines, start=first):
+            if number >= skip:
+                self._state = file.tell() if lines is file else None
+                yield line if number else line.removeprefix(codecs.BOM_UTF8)
 
     def _data_set_rows(self, item: Input, skip: int, state: Any) -> Iterator[Any]:
         rows = _data_set(item, self.cfg)
@@ -267,7 +275,8 @@ class Reader:
         if isinstance(raw, bytes) and not raw.strip():
             return
         # A large file is read twice: which split it belongs to has to be known before its first token is written.
-        texts = None if isinstance(raw, Path) else [_text(raw, self.cfg)]
+        is_large = isinstance(raw, Path) and raw.stat().st_size > PIECE
+        texts = None if is_large else list(_file_pieces(raw)) if isinstance(raw, Path) else [_text(raw, self.cfg)]
         digest = hashlib.sha256()
         blank = True
         for text in texts or _file_pieces(raw):
@@ -436,13 +445,12 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
 
 
-def _token_array(ids: list[int], dtype: np.dtype) -> np.ndarray:
+def _narrowed(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Ids in the width of the shards; one that does not fit is refused, never wrapped."""
-    try:
-        return np.frombuffer(array("H" if dtype.itemsize == 2 else "I", ids), dtype.newbyteorder("=")).astype(dtype)
-    except OverflowError:
-        most = np.iinfo(dtype).max
-        raise DataError(f"token id: expected 0 .. {most} ({dtype}), got {min(ids)} .. {max(ids)}") from None
+    most = np.iinfo(dtype).max
+    if len(ids) and not 0 <= ids.min() <= ids.max() <= most:
+        raise DataError(f"token id: expected 0 .. {most} ({dtype}), got {ids.min()} .. {ids.max()}")
+    return ids.astype(dtype)
 
 
 class Job(NamedTuple):
@@ -465,10 +473,10 @@ def _jobs(reader: Reader) -> Iterator[Job]:
 def _encode(job: Job, tokenizer: Tokenizer) -> dict[str, list[np.ndarray]]:
     found: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     for piece in job.pieces:
-        ids = tokenizer.encode(piece.text)  # control tokens off
+        ids = tokenizer.encode_array(piece.text)  # control tokens off
         if piece.ends:
-            ids.append(tokenizer.eos_id)  # from here alone
-        found[piece.split].append(_token_array(ids, _dtype(tokenizer)))
+            ids = np.append(ids, np.uint32(tokenizer.eos_id))  # from here alone
+        found[piece.split].append(_narrowed(ids, _dtype(tokenizer)))
     return found
 
 
@@ -503,7 +511,7 @@ def _resumed(folder: Path, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return fresh, {split: hashlib.sha256() for split in fresh["tokens"]}
 
 
-def _tokenise(folder: Path, reader: Reader, tokenizer: Tokenizer, progress: bool) -> dict[str, int]:
+def tokenise(folder: Path, reader: Reader, tokenizer: Tokenizer, progress: bool) -> dict[str, int]:
     """Writes the tokens of both splits; after a kill, goes on behind the last entry of the ledger."""
     from tqdm import tqdm
 
@@ -623,7 +631,7 @@ def _shards(reader: Reader, settings: list[Any], tokenizer: Tokenizer, progress:
             return found
         building = folder.with_suffix(".building")
         building.mkdir(exist_ok=True)
-        counts = _tokenise(building, reader, tokenizer, progress)
+        counts = tokenise(building, reader, tokenizer, progress)
         if key() != name:
             shutil.rmtree(building)
             raise DataError(f"{inputs[0].name}, ...: changed while being read; run it again")

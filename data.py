@@ -2,6 +2,7 @@
 
     python data.py prepare --data.train='corpus/*.jsonl'    tokenise what a configuration names
     python data.py show                                     a sample of what the model will be trained on
+    python data.py bench                                    the rate of `prepare` beside that of tiktoken alone
 
 Letters in shapes: B rows, T tokens of a row (seq_len), V ids.
 """
@@ -10,9 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import statistics
 import sys
+import tempfile
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +38,7 @@ from corpus import (
     open_corpus,
     prepare,
     short_hash,
+    tokenise,
 )
 from tokenizer import DataError, Tokenizer, escape_terminal
 
@@ -155,14 +162,22 @@ class PretrainBatches:
         self.steps_per_epoch = math.ceil(sum(self.windows) / rows)  # after which all windows could have come once
         parts = [(source.fingerprint, share) for source, share in zip(self.shards, self.mixture.shares, strict=True)]
         self.fingerprint = short_hash(parts)
+        self._kept: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         first, last = self.rows * rank // world, self.rows * (rank + 1) // world
-        return _batch(self._windows(step, first, last), self.shards[0].eos_id, self.isolate_documents)
+        windows = self._global(step) if world == 1 else self._windows(step, first, last)
+        return _batch(windows, self.shards[0].eos_id, self.isolate_documents)
 
     def sha(self, step: int) -> str:
         """Hash of the token ids of the global batch."""
-        return _sha(self._windows(step, 0, self.rows))
+        return _sha(self._global(step))
+
+    def _global(self, step: int) -> np.ndarray:
+        """[B, T + 1], kept until another step is asked for: a single rank needs them for its batch and for the hash."""
+        if self._kept[0] != step:
+            self._kept = step, self._windows(step, 0, self.rows)
+        return self._kept[1]
 
     def epoch(self, step: int) -> float:
         """How often, at the start of `step`, as many windows have come as there are in all sources together."""
@@ -230,14 +245,14 @@ class _Stream:
         while True:
             order = shuffled(np.arange(len(self.inputs)), len(self.inputs), _key(*self.key, epoch))
             reader = Reader(self.cfg, [self.inputs[i] for i in order], self.split_of, cursor)
-            found, ids = cursor != [0, 0, None], []
+            found, parts = cursor != [0, 0, None], []
             for piece in reader:
                 if piece.split == "train":
                     found = True
-                    ids += self.tokenizer.encode(piece.text)
+                    parts.append(self.tokenizer.encode_array(piece.text))
                     if piece.ends:
-                        yield epoch, cursor, np.array([*ids, self.tokenizer.eos_id])
-                        cursor, ids = piece.cursor, []
+                        yield epoch, cursor, np.concatenate([*parts, [self.tokenizer.eos_id]], dtype=np.int64)
+                        cursor, parts = piece.cursor, []
             if not found:
                 raise DataError(f"data.train: {named(self.inputs)}: nothing to train on ({counted(reader.counts)})")
             epoch, cursor = epoch + 1, [0, 0, None]
@@ -358,15 +373,57 @@ def show(batch: Batch, tokenizer: Tokenizer, colour: bool) -> str:
     return "\n".join(lines)
 
 
+BENCH = 32 << 20  # characters that `bench` tokenises in a turn
+TURNS = 5
+
+
+def benchmark(cfg: DataConfig, tokenizer: Tokenizer, characters: int = BENCH, turns: int = TURNS) -> dict[str, float]:
+    """Tokens per second of `tokenise`, from files to tokens on disk, and of tiktoken's batch call on texts in memory.
+
+    The two take turns, so that a slow moment of the machine hits both. `ratio` is of medians; `cpu_ratio` compares
+    processor seconds, which hold still where other programs compute at the same time.
+    """
+    text = open_corpus(cfg)
+    inputs = [item for _, group in text.groups for item in group]
+    texts = [piece.text for piece in Reader(cfg, inputs, text.split_of, limit=characters)]
+    workers = cfg.workers or os.cpu_count() or 1
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenise(Path(folder), Reader(cfg, inputs, text.split_of, limit=characters), tokenizer, progress=False)
+
+    def alone() -> None:
+        tokenizer.encoding.encode_ordinary_batch(texts, num_threads=workers)
+
+    tokens = sum(len(tokenizer.encode_array(text)) for text in texts)
+    seconds = np.array([[*_seconds(alone), *_seconds(ours)] for _ in range(turns)])
+    alone_wall, alone_cpu, ours_wall, ours_cpu = (statistics.median(column) for column in seconds.T.tolist())
+    return {
+        "characters": sum(map(len, texts)),
+        "tokens": tokens,
+        "tiktoken_tokens_per_s": tokens / alone_wall,
+        "prepare_tokens_per_s": tokens / ours_wall,
+        "ratio": alone_wall / ours_wall,
+        "cpu_ratio": alone_cpu / ours_cpu,
+    }
+
+
+def _seconds(action: Callable[[], None]) -> tuple[float, float]:
+    """On the clock, and of the processor."""
+    clock, used = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - clock, time.process_time() - used
+
+
 def main(argv: list[str]) -> None:
     # The one look upwards: as a program this file reads the configuration, which itself is made of our DataConfig.
     from config import ConfigError, load_config
 
-    usage = "python data.py prepare|show [FILE.yaml] [--preset NAME] [--key=value ...]"
+    usage = "python data.py prepare|show|bench [FILE.yaml] [--preset NAME] [--key=value ...]"
     command = argv[0] if argv else "--help"
-    if command not in ("prepare", "show", "-h", "--help"):
-        raise ConfigError(f"{command}: expected prepare or show ({usage})")
-    cfg = load_config(argv[1:] if command in ("prepare", "show") else argv or ["--help"], "data", usage=usage)
+    if command not in ("prepare", "show", "bench", "-h", "--help"):
+        raise ConfigError(f"{command}: expected prepare, show or bench ({usage})")
+    cfg = load_config([command, *argv[1:]] if command.startswith("-") else argv[1:], "data", usage=usage)
     prepared = prepare(cfg.data, cfg.model.vocab_size)
     tokenizer = prepared.tokenizer
     print(f"tokenizer  {tokenizer.n_vocab:,} ids, {tokenizer.hash[:12]}, {escape_terminal(tokenizer.name)}")
@@ -375,6 +432,9 @@ def main(argv: list[str]) -> None:
         left_out = {name: count for name, count in source.counts.items() if name not in ("train", "val")}
         print(f"{split:<9}  {source.n_documents:,} documents, {len(source):,} tokens, weight {weight:g}, {source.path}")
         print(f"{'':<9}  left out of both splits: {counted(left_out)}" if left_out else "", end="\n" * bool(left_out))
+    if command == "bench":
+        for name, value in benchmark(cfg.data, tokenizer).items():
+            print(f"{name:<22} {value:14,.2f}")
     if command == "show":
         length = cfg.model.max_position_embeddings
         batches = open_batches(cfg.data, prepared, length, 2, cfg.run.seed)

@@ -7,10 +7,13 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from corpora import EOS, ROOT, documents, jsonl, made, split_at_eos, stream_config, texts, tokens, write_as
 
@@ -222,6 +225,43 @@ def test_token_bytes():
     assert len(sizes) == tokenizer.n_vocab
 
 
+# --- what a batch costs -----------------------------------------------------------------------------------------------
+
+
+def seconds(action: Callable[[int], object], turns: int) -> float:
+    """The least of some times: what it takes when nothing else runs."""
+    times = []
+    for turn in range(turns):
+        started = time.process_time()
+        action(turn)
+        times.append(time.process_time() - started)
+    return min(times)
+
+
+def test_a_step_does_not_wait_for_its_batch(tmp_path):
+    """64 rows of 2,048 tokens and their hash, beside the forward and backward of a model far below 10M parameters."""
+    shards = made(tmp_path / "a.bin", random.Random(0).choices(range(97), k=400_000))
+    batches = PretrainBatches([(shards, 1.0)], 2048, 64, seed=0)
+    reading = seconds(lambda step: (batches(step), batches.sha(step)), 9)
+    model, batch = tiny.model(max_position_embeddings=2048), batches(0)
+    row = seconds(lambda _: model(batch.tokens[:1], batch.targets[:1]).loss.backward(), 2)
+    assert reading < 0.05 * 64 * row
+
+
+def test_a_single_rank_reads_a_batch_once(tmp_path, monkeypatch):
+    shards = made(tmp_path / "a.bin", [*range(250)] * 4)
+    batches = PretrainBatches([(shards, 1.0)], 16, 8, seed=1)
+    calls = []
+    monkeypatch.setattr(shards, "window", lambda *a, window=shards.window: calls.append(a) or window(*a))
+    first = batches(3), batches.sha(3)
+    assert len(calls) == 8
+    first[0].tokens.zero_()  # what a caller does to its batch is its own affair
+    first[0].targets.zero_()
+    again = PretrainBatches([(shards, 1.0)], 16, 8, seed=1)
+    assert batches.sha(3) == again.sha(3) == first[1]
+    assert torch.equal(batches(3).tokens, torch.cat([again(3, rank, 2).tokens for rank in range(2)]))
+
+
 # --- D06, D07: streams ------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +374,23 @@ def test_the_program(tmp_path, capsys):
     assert "documents" in said
     assert "1 empty" in said
     assert "16 of 16 positions are trained" in said
+
+
+def test_bench_compares_preparation_with_tiktoken(tmp_path, capsys):
+    jsonl(tmp_path / "a.jsonl", texts(60))
+    options = [f"--data.train={tmp_path}/a.jsonl", f"--cache_dir={tmp_path}/cache", "--tokenizer=bytes"]
+    data.main(["bench", *options, "--val_fraction=0.2"])
+    said = dict(line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()[-6:])
+    assert float(said["tokens"]) == float(said["characters"]) == sum(map(len, texts(60)))
+    assert float(said["ratio"]) > 0
+    assert float(said["cpu_ratio"]) > 0
+
+
+@pytest.mark.slow
+def test_preparation_is_nearly_as_fast_as_tiktoken_alone(tmp_path):
+    cfg = DataConfig(cache_dir=str(tmp_path))
+    tokenizer = prepare(cfg, 4096, progress=False).tokenizer
+    assert data.benchmark(cfg, tokenizer)["cpu_ratio"] > 0.9
 
 
 def test_the_program_leaves_with_3_and_one_line(tmp_path):
