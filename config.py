@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from data import DataConfig
+from corpus import DataConfig
 from model import ModelConfig, Sampling
 
 DEFECT = 1  # exit code of an error of the program

@@ -1,781 +1,48 @@
-"""Text to batches: sources -> documents -> token shards on disk -> batches that are a function of the step.
+"""Tokens to batches that are a function of the step; what a model is trained on, to be looked at.
 
     python data.py prepare --data.train='corpus/*.jsonl'    tokenise what a configuration names
     python data.py show                                     a sample of what the model will be trained on
-
-A source is builtin:python (the standard library of the running Python), a file, a glob or a folder of .txt .md .py
-(a document per file), .jsonl .jsonl.gz .jsonl.zst .parquet (a document per row), or a Hugging Face data set: an id
-such as owner/name, or hf:ID_OR_FOLDER[:CONFIG]. Sources without weights are one corpus. As SOURCE=WEIGHT, all of
-them, they are a mixture: each has its share of the rows, whatever its size, and starts anew when it is used up.
+    python data.py bench                                    the rate of `prepare` beside that of tiktoken alone
 
 Letters in shapes: B rows, T tokens of a row (seq_len), V ids.
 """
 
 from __future__ import annotations
 
-import codecs
-import fcntl
-import functools
-import glob
-import gzip
 import hashlib
-import io
-import json
 import math
 import os
-import re
-import shutil
+import statistics
 import sys
-import sysconfig
-import zlib
-from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer import DataError, Tokenizer, escape_terminal, load_tokenizer, train_tokenizer
+from corpus import (
+    DataConfig,
+    Input,
+    Prepared,
+    Reader,
+    SplitOf,
+    TokenShards,
+    counted,
+    identities,
+    named,
+    open_corpus,
+    prepare,
+    short_hash,
+    tokenise,
+)
+from tokenizer import DataError, Tokenizer, escape_terminal
 
 IGNORE = -100  # target of a position that is not trained, as in torch's cross entropy
-BUILTIN = "builtin:python"
-TEXT_FILES, ROW_FILES = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-LOWER = bytes(range(256)).lower()  # of each byte
-FORMAT = 1  # of the shards; raise it whenever the same text would give other files
-PIECE = 1 << 22  # bytes of a text file that are tokenised at once
-JOB = 1 << 19  # characters that a thread tokenises at once
-LEDGER = 1 << 26  # characters between two entries of the ledger, at most this much work is done twice after a kill
-SAMPLE = 8 << 20  # characters that `tokenizer: auto` is trained on
-HEAD = 64 << 20  # characters at the head of a stream in which its validation documents are looked for
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    tokenizer: str = "auto"
-    train: tuple[str, ...] = (BUILTIN,)
-    val: tuple[str, ...] = ()
-    val_fraction: float = 0.05
-    text_key: str = "text"
-    split: str = "train"
-    streaming: bool = False
-    isolate_documents: bool = False
-    on_error: Literal["stop", "skip"] = "stop"
-    workers: int = 0
-    cache_dir: str = ".cache"
-
-    def __post_init__(self) -> None:
-        weights = [weight for _, weight in map(_weighted, self.train)]
-        _require(self.train, "train", "at least one source", "none")
-        _require(all(name for name, _ in map(_weighted, self.train)) and all(self.val), "train", "sources", "''")
-        for source, weight in zip(self.train, weights, strict=True):
-            _require(weight is None or 0 < weight < math.inf, "train", "a weight above 0 and finite", source)
-        _require(
-            len({weight is None for weight in weights}) < 2, "train", "a weight for each source or none", self.train
-        )
-        _require(len(weights) <= 32 or weights[0] is None, "train", "at most 32 weighted sources", len(weights))
-        plain = next((name for name in self.val if _weighted(name)[1] is not None), None)
-        _require(plain is None, "val", "sources without weights", plain)
-        _require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        _require(self.workers >= 0, "workers", "0 (all cores) or more", self.workers)
-
-
-def _require(holds: object, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _weighted(source: str) -> tuple[str, float | None]:
-    """SOURCE or SOURCE=WEIGHT. A name that itself ends in `=3` takes a weight after it."""
-    name, equals, number = source.rpartition("=")
-    try:
-        return (name, float(number)) if equals else (source, None)
-    except ValueError:
-        return source, None
-
-
-# --- sources ----------------------------------------------------------------------------------------------------
-
-
-class Input(NamedTuple):
-    """A file, or a data set of the `datasets` library."""
-
-    name: str  # as errors call it
-    path: Path | None = None
-    lenient: bool = False  # files of the standard library that are no UTF-8 are there on purpose: counted, not refused
-
-
-def python_files() -> list[Path]:
-    """The standard library's own sources, tests included where they are installed."""
-    found: list[Path] = []
-    for folder, inner, files in os.walk(sysconfig.get_paths()["stdlib"]):
-        inner[:] = set(inner) - {"site-packages", "dist-packages", "__pycache__"}  # not entered
-        found += (Path(folder, name) for name in files if name.endswith(".py"))
-    return sorted(found)
-
-
-def _expand(sources: Iterable[str], key: str) -> list[Input]:
-    """The files behind sources, each once, in an order that does not depend on the file system."""
-    found: dict[str, Input] = {}
-    for source in sources:
-        for item in _inputs(source, key):
-            found.setdefault(item.name, item)
-    return list(found.values())
-
-
-def _inputs(source: str, key: str) -> list[Input]:
-    if source == BUILTIN:
-        inputs = [Input(str(path), path, lenient=True) for path in python_files()]
-    elif source.startswith("hf:"):
-        inputs = [Input(source)]
-    elif os.path.isdir(source):
-        files = [path for path in Path(source).rglob("*") if path.is_file() and not _hidden(path, Path(source))]
-        inputs = [Input(str(path), path) for path in sorted(files) if _kind(path)]
-    elif os.path.isfile(source):
-        inputs = [Input(source, Path(source))]
-    elif matches := sorted(name for name in glob.glob(source, recursive=True) if os.path.isfile(name)):
-        inputs = [Input(name, Path(name)) for name in matches]
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not _kind(Path(source)):
-        inputs = [Input(f"hf:{source}")]
-    else:
-        raise DataError(f"data.{key}: {source}: no such file or folder (a Hugging Face data set is written hf:NAME)")
-    known = ", ".join(TEXT_FILES + ROW_FILES)
-    if not inputs:
-        raise DataError(f"data.{key}: {source}: expected files of kind {known}, found none")
-    for item in inputs:
-        if item.path and not _kind(item.path):
-            raise DataError(f"data.{key}: {item.name}: expected a file of kind {known}")
-    return inputs
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _kind(path: Path) -> str | None:
-    return next((suffix for suffix in TEXT_FILES + ROW_FILES if path.name.lower().endswith(suffix)), None)
-
-
-def _identity(item: Input, cfg: DataConfig) -> list[Any]:
-    """What changes when the text does. ctime, because an editor can put size and mtime back."""
-    if item.path is None:
-        return [item.name, cfg.split, "" if cfg.streaming else _data_set(item, cfg)._fingerprint]
-    try:
-        stat = item.path.stat()
-    except OSError as error:
-        raise DataError(f"{item.name}: {error.strerror}") from None
-    return [str(item.path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _data_set(item: Input, cfg: DataConfig) -> Any:
-    import datasets
-
-    name, _, config = item.name.removeprefix("hf:").partition(":")
-    try:
-        return datasets.load_dataset(name, config or None, split=cfg.split, streaming=cfg.streaming)
-    except Exception as error:  # a dozen types, by what is missing: the network, the id, the split, a file
-        why = f"{type(error).__name__}: {error}"
-        raise DataError(f"{item.name}: cannot be loaded, split {cfg.split!r} ({why:.300})") from None
-
-
-# --- documents --------------------------------------------------------------------------------------------------
-
-
-class Piece(NamedTuple):
-    """A document, or a part of one that is too large to be tokenised at once."""
-
-    text: str
-    split: str  # train or val
-    ends: bool  # the document ends here
-    cursor: list[Any]  # then: where the next one begins, as [input, row, state of a streamed data set]
-    position: int  # bytes of the input that were read so far
-
-
-class BadRow(Exception):
-    """What is wrong with a row, and in a text file on which line."""
-
-    def __init__(self, message: str, line: int | None = None) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-SplitOf = Callable[[bytes], "str | None"]  # digest of a document -> train, val, or None: left out
-
-
-class Reader:
-    """The documents of some inputs, in order, from a cursor on. What is left out is counted."""
-
-    def __init__(
-        self,
-        cfg: DataConfig,
-        inputs: Sequence[Input],
-        split_of: SplitOf,
-        cursor: Sequence[Any] = (0, 0, None),
-        limit: float = math.inf,  # characters to read, about
-    ) -> None:
-        self.cfg, self.inputs, self.split_of, self.cursor, self.left = cfg, inputs, split_of, cursor, limit
-        self.counts: Counter[str] = Counter()
-        self._state: Any = None  # of a streamed data set
-        self._position: Callable[[], int] = lambda: 0
-
-    def __iter__(self) -> Iterator[Piece]:
-        first, row, state = self.cursor
-        for number in range(first, len(self.inputs)):
-            item = self.inputs[number]
-            with closing(self._rows(item, row, state)) as rows:  # and with it the file, whatever happens
-                while True:
-                    row += 1
-                    try:
-                        raw = next(rows, None)
-                        if raw is None or self.left <= 0:
-                            break
-                        yield from self._document(raw, [number, row, self._state])
-                    except DataError:
-                        raise
-                    except (BadRow, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
-                        self._bad(item, row, error)
-            row, state, self._state = 0, None, None
-
-    def _rows(self, item: Input, skip: int, state: Any) -> Iterator[Any]:
-        """A path (a text file is one row), lines of JSON, or dictionaries, from row `skip` on."""
-        self._position = lambda: 0
-        if item.path is None:
-            yield from self._data_set_rows(item, skip, state)
-        elif _kind(item.path) in TEXT_FILES:
-            yield from [item.path][skip:]
-        else:
-            with open(item.path, "rb") as file:
-                self._position = file.tell
-                if _kind(item.path) == ".parquet":
-                    yield from _parquet_rows(file, self.cfg.text_key, skip)
-                else:
-                    for number, line in enumerate(_lines(file, item.path)):  # ends at \n alone, whatever JSON holds
-                        if number >= skip:
-                            yield line if number else line.removeprefix(codecs.BOM_UTF8)
-
-    def _data_set_rows(self, item: Input, skip: int, state: Any) -> Iterator[Any]:
-        rows = _data_set(item, self.cfg)
-        if state is not None:
-            rows.load_state_dict(state)
-        elif skip:
-            rows = rows.skip(skip)
-        try:
-            for row in rows:
-                self._state = rows.state_dict() if self.cfg.streaming else None
-                yield row
-        except Exception as error:  # reading over the network fails in as many ways as loading does
-            raise DataError(f"{item.name}: reading failed ({type(error).__name__}: {error!s:.300})") from None
-
-    def _document(self, raw: Any, cursor: list[Any]) -> Iterator[Piece]:
-        if isinstance(raw, bytes) and not raw.strip():
-            return
-        # A large file is read twice: which split it belongs to has to be known before its first token is written.
-        texts = None if isinstance(raw, Path) else [_text(raw, self.cfg)]
-        digest = hashlib.sha256()
-        blank = True
-        for text in texts or _file_pieces(raw):
-            # Texts that differ in white space or case alone count as the same one.
-            digest.update(text.encode("utf-8", "surrogatepass").translate(LOWER, b" \t\r\n\f\v"))
-            blank = blank and (not text or text.isspace())
-            self.left -= len(text)
-        split = self.split_of(digest.digest()[:8])
-        if blank or split is None:
-            self.counts["empty" if blank else "other_split"] += 1
-            return
-        held = None
-        for text in texts or _file_pieces(raw):
-            if held is not None:
-                yield Piece(held, split, False, cursor, self._position())
-            held = text
-        self.counts[split] += 1
-        yield Piece(held, split, True, cursor, self._position())
-
-    def _bad(self, item: Input, row: int, error: Exception) -> None:
-        if item.lenient or self.cfg.on_error == "skip":
-            self.counts["unreadable" if item.lenient else "malformed"] += 1
-            return
-        line = getattr(error, "line", None) or row
-        raise DataError(f"{item.name}:{line}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"expected UTF-8 text, got byte {error.object[error.start]:#04x}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"expected a JSON object, got invalid JSON ({error.msg}, column {error.colno})"
-    if isinstance(error, RecursionError):
-        return "expected a JSON object, got brackets nested too deep"
-    return str(error) or type(error).__name__
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterable[bytes]:
-    if path.name.lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=file)
-    if path.name.lower().endswith(".zst"):
-        import pyarrow
-
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
-        return io.BufferedReader(stream, 1 << 20)
-    return file
-
-
-def _parquet_rows(file: BinaryIO, key: str, skip: int) -> Iterator[dict[str, Any]]:
-    from pyarrow import parquet
-
-    table = parquet.ParquetFile(file)
-    if key not in table.schema_arrow.names:
-        raise BadRow(f"expected a column {key!r}, got {', '.join(table.schema_arrow.names)}")
-    for batch in table.iter_batches(batch_size=1024, columns=[key]):
-        for value in batch.column(0)[skip:] if skip < len(batch) else ():
-            yield {key: value.as_py()}
-        skip = max(0, skip - len(batch))
-
-
-def _text(raw: Any, cfg: DataConfig) -> str:
-    """The text of a row, refused where a lenient reader would guess."""
-    if isinstance(raw, bytes):
-        raw = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    if not isinstance(raw, dict):
-        raise BadRow(f"expected a JSON object, got {_type(raw)}")
-    if cfg.text_key not in raw:
-        raise BadRow(f"expected a key {cfg.text_key!r}, got {', '.join(map(repr, raw)) or 'none'}"[:200])
-    if not isinstance(raw[cfg.text_key], str):
-        raise BadRow(f"{cfg.text_key}: expected text, got {_type(raw[cfg.text_key])}")
-    return raw[cfg.text_key]
-
-
-def _type(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "an array", bool: "a boolean", int: "a number"}
-    return (names | {float: "a number", str: "text"}).get(type(value), type(value).__name__)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadRow(f"key {twice!r} comes twice")
-    return values
-
-
-def _no_constant(name: str) -> None:
-    raise BadRow(f"expected a JSON object, got {name}, which is not JSON")
-
-
-def _file_pieces(path: Path) -> Iterator[str]:
-    """A text file, cut after line ends where it is large, so that memory does not grow with it."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    held, lines = "", 1
-    with open(path, "rb") as file:
-        block = file.read(PIECE)
-        while block:
-            following = file.read(PIECE)
-            try:
-                text = held + decoder.decode(block, final=not following)
-            except UnicodeDecodeError as error:
-                line = lines + error.object.count(b"\n", 0, error.start)
-                hint = " (UTF-16?)" if lines == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-                raise BadRow(_reason(error) + hint, line) from None
-            cut = (text.rfind("\n") + 1 or len(text)) if following else len(text)
-            yield text[:cut]
-            held, lines, block = text[cut:], lines + block.count(b"\n"), following
-
-
-# --- shards -----------------------------------------------------------------------------------------------------
-
-# A shard: 16 bytes of magic; the SHA-256, in hex, of all that follows it; a JSON header, padded with spaces to 4096
-# bytes; the tokens; the document index: for each document where it ends, as uint64. All little-endian.
-MAGIC = b"nanoqwen tokens\n"
-HEADER = 4096
-BODY = len(MAGIC) + 64
-
-
-class TokenShards:
-    """The tokens of one prepared split, mapped into memory. Opening it reads all of it once, to verify it."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                head = file.read(HEADER)
-                digest = hashlib.sha256(head[BODY:])
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                size = file.tell()
-        except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}") from None
-        if head[: len(MAGIC)] != MAGIC:
-            raise DataError(f"{self.path}: expected token shards, got another kind of file")
-        if head[len(MAGIC) : BODY] != digest.hexdigest().encode():
-            raise DataError(f"{self.path}: damaged, its SHA-256 is not the one in its header; delete it")
-        header = json.loads(head[BODY:])
-        if header["version"] != FORMAT:
-            raise DataError(f"{self.path}: expected format {FORMAT}, got {header['version']}")
-        self.fingerprint: str = digest.hexdigest()  # of tokens, tokenizer and settings; not of paths and dates
-        self.tokenizer_hash: str = header["tokenizer_hash"]
-        self.eos_id: int = header["eos_id"]
-        self.n_documents: int = header["documents"]
-        self.counts: dict[str, int] = header["counts"]
-        self.dtype = np.dtype(header["dtype"])
-        self._count: int = header["count"]
-        end = HEADER + self._count * self.dtype.itemsize
-        if size != end + 8 * self.n_documents:
-            raise DataError(f"{self.path}: expected {end + 8 * self.n_documents} bytes, got {size}")
-        self._tokens = _mapped(self.path, self.dtype, HEADER, self._count)
-        self.document_ends = _mapped(self.path, np.dtype("<u8"), end, self.n_documents)  # each behind its EOS
-
-    def __len__(self) -> int:
-        return self._count
-
-    def window(self, start: int, length: int) -> np.ndarray:
-        """`length` tokens from `start` on, fewer at the end."""
-        return self._tokens[start : start + length]
-
-
-def _mapped(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
-    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-
-
-def _token_array(ids: list[int], dtype: np.dtype) -> np.ndarray:
-    """Ids in the width of the shards; one that does not fit is refused, never wrapped."""
-    try:
-        return np.frombuffer(array("H" if dtype.itemsize == 2 else "I", ids), dtype.newbyteorder("=")).astype(dtype)
-    except OverflowError:
-        most = np.iinfo(dtype).max
-        raise DataError(f"token id: expected 0 .. {most} ({dtype}), got {min(ids)} .. {max(ids)}") from None
-
-
-class Job(NamedTuple):
-    pieces: list[Piece]
-    counts: dict[str, int]  # of the reader, when the last piece was read
-
-
-def _jobs(reader: Reader) -> Iterator[Job]:
-    pieces: list[Piece] = []
-    size = 0
-    for piece in reader:
-        pieces.append(piece)
-        size += len(piece.text)
-        if size >= JOB:
-            yield Job(pieces, dict(reader.counts))
-            pieces, size = [], 0
-    yield Job(pieces, dict(reader.counts))  # perhaps without pieces, for the counts after the last document
-
-
-def _encode(job: Job, tokenizer: Tokenizer) -> dict[str, list[np.ndarray]]:
-    found: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    for piece in job.pieces:
-        ids = tokenizer.encode(piece.text)  # control tokens off
-        if piece.ends:
-            ids.append(tokenizer.eos_id)  # from here alone
-        found[piece.split].append(_token_array(ids, _dtype(tokenizer)))
-    return found
-
-
-def _in_order(pool: ThreadPoolExecutor, function: Callable, jobs: Iterable[Job], ahead: int) -> Iterator[tuple]:
-    """Each job with its result. At most `ahead` wait, which bounds the memory."""
-    waiting: deque = deque()
-    for job in jobs:
-        waiting.append((job, pool.submit(function, job)))
-        if len(waiting) > ahead:
-            done, result = waiting.popleft()
-            yield done, result.result()
-    for done, result in waiting:
-        yield done, result.result()
-
-
-def _resumed(folder: Path, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last entry of the ledger with the hashes of what was written before it; if any is damaged, the start."""
-    try:
-        found = json.loads((folder / "ledger.json").read_bytes())
-        state, digests = found["state"], {}
-        for split, count in state["tokens"].items():
-            digests[split] = hashlib.sha256()
-            with open(folder / f"{split}.bin", "rb") as file:
-                for start in range(HEADER, end := HEADER + count * width, 1 << 20):
-                    file.seek(start)
-                    digests[split].update(file.read(min(end - start, 1 << 20)))
-        if found["hash"] == _hash(state) and all(state["sha256"][s] == d.hexdigest() for s, d in digests.items()):
-            return state, digests
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass
-    fresh = {"cursor": [0, 0, None], "tokens": {"train": 0, "val": 0}, "counts": {}}
-    return fresh, {split: hashlib.sha256() for split in fresh["tokens"]}
-
-
-def _tokenise(folder: Path, reader: Reader, tokenizer: Tokenizer, progress: bool) -> dict[str, int]:
-    """Writes the tokens of both splits; after a kill, goes on behind the last entry of the ledger."""
-    from tqdm import tqdm
-
-    width, ledger = _dtype(tokenizer).itemsize, folder / "ledger.json"
-    state, digests = _resumed(folder, width)
-    reader.cursor, reader.counts, tokens = state["cursor"], Counter(state["counts"]), state["tokens"]
-    files = {split: open(folder / f"{split}.bin", "ab") for split in tokens}  # noqa: SIM115
-    sizes = [item.path.stat().st_size if item.path else 0 for item in reader.inputs]
-    before = np.cumsum([0, *sizes]).tolist()
-    bar = tqdm(total=before[-1], initial=before[reader.cursor[0]], unit="B", unit_scale=True, desc="tokenising",
-               disable=None if progress else True)  # fmt: skip
-    workers, since = reader.cfg.workers or os.cpu_count() or 1, 0
-    try:
-        for split, file in files.items():
-            file.truncate(HEADER + tokens[split] * width)
-        with bar, ThreadPoolExecutor(workers) as pool:  # tiktoken lets go of the interpreter lock
-            encode = functools.partial(_encode, tokenizer=tokenizer)
-            for job, found in _in_order(pool, encode, _jobs(reader), 2 * workers):
-                for split, arrays in found.items():
-                    for tokens_of_piece in arrays:
-                        files[split].write(tokens_of_piece)
-                        digests[split].update(tokens_of_piece)
-                        tokens[split] += len(tokens_of_piece)
-                state["counts"] = job.counts
-                if job.pieces:
-                    last = job.pieces[-1]
-                    read = last.position or (sizes[last.cursor[0]] if last.ends else 0)
-                    bar.update(max(0, before[last.cursor[0]] + read - bar.n))
-                    since += sum(len(piece.text) for piece in job.pieces)
-                    if since >= LEDGER and last.ends and reader.left == math.inf:
-                        state["cursor"], since = last.cursor, 0
-                        state["sha256"] = {split: digest.hexdigest() for split, digest in digests.items()}
-                        for file in files.values():
-                            _sync(file)
-                        _write(ledger, json.dumps({"state": state, "hash": _hash(state)}).encode())
-    finally:
-        for file in files.values():
-            file.close()
-    return state["counts"]
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing, also when the power goes."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(content)
-        _sync(file)
-    os.replace(file.name, path)
-
-
-def _finish(path: Path, tokenizer: Tokenizer, split: str, counts: dict[str, int]) -> None:
-    """Adds the document index and the header, which makes a shard of a file of tokens."""
-    dtype = _dtype(tokenizer)
-    count = (path.stat().st_size - HEADER) // dtype.itemsize
-    with open(path, "r+b") as file:
-        documents = 0
-        for start in range(0, count, 1 << 20):
-            file.seek(HEADER + start * dtype.itemsize)
-            chunk = np.frombuffer(file.read(min(count - start, 1 << 20) * dtype.itemsize), dtype)
-            ends = np.flatnonzero(chunk == tokenizer.eos_id) + start + 1
-            file.seek(HEADER + count * dtype.itemsize + 8 * documents)
-            file.write(ends.astype("<u8"))
-            documents += len(ends)
-        if documents != counts.get(split, 0):
-            raise DataError(f"{path}: expected {counts.get(split, 0)} ends of documents, got {documents}")
-        header = {"version": FORMAT, "dtype": dtype.str, "count": count, "documents": documents, "split": split}
-        header |= {"vocab": tokenizer.n_vocab, "tokenizer_hash": tokenizer.hash, "eos_id": tokenizer.eos_id}
-        body = json.dumps(header | {"counts": counts}, sort_keys=True).encode().ljust(HEADER - BODY)
-        file.seek(HEADER)
-        digest = hashlib.sha256(body)
-        while block := file.read(1 << 20):
-            digest.update(block)
-        file.seek(0)
-        file.write(MAGIC + digest.hexdigest().encode() + body)
-        _sync(file)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One builder at a time; the kernel lets go of the lock of one that was killed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "wb")  # noqa: SIM115
-    except OSError as error:
-        raise DataError(f"data.cache_dir: {error.filename}: {error.strerror}") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _opened(folder: Path) -> dict[str, TokenShards] | None:
-    """The shards of both splits; None where there are none, or damaged ones."""
-    if not folder.is_dir():
-        return None
-    try:
-        return {split: TokenShards(folder / f"{split}.bin") for split in ("train", "val")}
-    except DataError as error:
-        print(f"{error}; building it again", file=sys.stderr)
-        return None
-
-
-def _shards(reader: Reader, settings: list[Any], tokenizer: Tokenizer, progress: bool) -> dict[str, TokenShards]:
-    """The shards of what `reader` reads: those of an earlier run if nothing has changed since, else new ones."""
-    cfg, inputs = reader.cfg, reader.inputs
-
-    def key() -> str:
-        return _hash([_identities(cfg, inputs), settings, tokenizer.hash])
-
-    name = key()
-    folder = Path(cfg.cache_dir) / "shards" / name
-    with _locked(folder.with_suffix(".lock")):
-        if found := _opened(folder):
-            return found
-        building = folder.with_suffix(".building")
-        building.mkdir(exist_ok=True)
-        counts = _tokenise(building, reader, tokenizer, progress)
-        if key() != name:
-            shutil.rmtree(building)
-            raise DataError(f"{inputs[0].name}, ...: changed while being read; run it again")
-        for split in ("train", "val"):
-            _finish(building / f"{split}.bin", tokenizer, split, counts)
-        (building / "ledger.json").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(building, folder)
-        return {split: TokenShards(folder / f"{split}.bin") for split in ("train", "val")}
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def _identities(cfg: DataConfig, inputs: Iterable[Input]) -> list[Any]:
-    return [FORMAT, cfg.text_key, cfg.on_error, *(_identity(item, cfg) for item in inputs)]
-
-
-# --- prepare ----------------------------------------------------------------------------------------------------
-
-
-class Prepared(NamedTuple):
-    tokenizer: Tokenizer
-    train: list[tuple[TokenShards, float]]  # and their weights; empty where the text is streamed
-    val: list[TokenShards]
-
-
-class Corpus(NamedTuple):
-    """The inputs of a configuration, and which of their documents go where."""
-
-    groups: list[tuple[float, list[Input]]]  # of training text, with their weights
-    val: list[Input]
-    settings: list[Any]  # what decides the split, for keys
-    split_of: SplitOf  # of the documents of the groups
-
-
-def corpus(cfg: DataConfig) -> Corpus:
-    sources = [_weighted(source) for source in cfg.train]
-    groups = [(weight, _expand([name], "train")) for name, weight in sources if weight is not None]
-    groups = groups or [(1.0, _expand([name for name, _ in sources], "train"))]
-    val = _expand(cfg.val, "val")
-    if not val:
-        limit = int(cfg.val_fraction * 2**64)
-        return Corpus(groups, [], [cfg.val_fraction], lambda digest: _by_hash(digest, limit))
-    # A document that is in both is not trained on.
-    held_out: set[bytes] = set()
-    for _ in Reader(replace(cfg, streaming=False), val, held_out.add):
-        pass
-    settings = [_identities(replace(cfg, streaming=False), val)]
-    return Corpus(groups, val, settings, lambda digest: None if digest in held_out else "train")
-
-
-def _by_hash(digest: bytes, limit: int) -> str:
-    """By nothing but the text, so equal documents never part, and a document added elsewhere moves no other."""
-    return "val" if int.from_bytes(digest, "little") < limit else "train"
-
-
-def prepare(cfg: DataConfig, vocab_size: int, *, progress: bool = True) -> Prepared:
-    """Tokenises on first use, and opens what an earlier run has left otherwise. Several processes may do it at once."""
-    text = corpus(cfg)
-    tokenizer = _tokenizer(cfg, text, vocab_size, progress)
-    if tokenizer.n_vocab > vocab_size:
-        raise DataError(f"data.tokenizer: expected at most model.vocab_size {vocab_size} ids, got {tokenizer.n_vocab}")
-    train: list[tuple[TokenShards, float]] = []
-    val: list[TokenShards] = []
-    whole = replace(cfg, streaming=False)  # what one validates on is small
-    if text.val:
-        val.append(_shards(Reader(whole, text.val, lambda digest: "val"), ["val"], tokenizer, progress)["val"])
-    for weight, inputs in text.groups:
-        if cfg.streaming:
-            if not text.val:  # at its head; the batches leave these documents out wherever they come
-                reader = Reader(
-                    cfg, inputs, lambda digest: "val" if text.split_of(digest) == "val" else None, limit=HEAD
-                )
-                val.append(_shards(reader, ["head", HEAD, *text.settings], tokenizer, progress)["val"])
-            continue
-        found = _shards(Reader(cfg, inputs, text.split_of), text.settings, tokenizer, progress)
-        if not len(found["train"]):
-            raise DataError(f"data.train: {_named(inputs)}: nothing to train on ({_counted(found['train'].counts)})")
-        train.append((found["train"], weight))
-        val += [] if text.val else [found["val"]]
-    if not any(map(len, val)):
-        what = _counted(val[0].counts)
-        where = f"data.val: {_named(text.val)}" if text.val else f"data.val_fraction {cfg.val_fraction:g}"
-        raise DataError(f"{where}: nothing to validate on ({what}); give data.val, a larger share or more documents")
-    return Prepared(tokenizer, train, [shards for shards in val if len(shards)])
-
-
-def _named(inputs: list[Input]) -> str:
-    return inputs[0].name + (f" and {len(inputs) - 1} more" if len(inputs) > 1 else "")
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items())) or "no documents"
-
-
-def _tokenizer(cfg: DataConfig, text: Corpus, vocab_size: int, progress: bool) -> Tokenizer:
-    """The named one; for `auto` a BPE trained on a sample of the training documents, once."""
-    if cfg.tokenizer != "auto":
-        return load_tokenizer(cfg.tokenizer)
-    inputs = [_identities(cfg, inputs) for _, inputs in text.groups]
-    folder = Path(cfg.cache_dir) / "tokenizers" / _hash([inputs, text.settings, SAMPLE, vocab_size])
-    with _locked(folder.with_suffix(".lock")):
-        found = _load_trained(folder)
-        if found is None:
-            sample = [piece for _, group in text.groups for piece in _sample(cfg, group, text, len(text.groups))]
-            if not sample:
-                raise DataError(f"data.train: {_named(text.groups[0][1])}: nothing to train on")
-            if progress:
-                size = sum(map(len, sample))
-                print(f"training a tokenizer of {vocab_size} ids on {size:,} characters", file=sys.stderr)
-            trained = train_tokenizer(sample, vocab_size)
-            building = folder.with_suffix(".building")
-            trained.save(building)
-            (building / "hash").write_text(trained.hash)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(building, folder)
-            found = load_tokenizer(folder)
-    return found
-
-
-def _load_trained(folder: Path) -> Tokenizer | None:
-    try:
-        found = load_tokenizer(folder)
-        return found if (folder / "hash").read_text() == found.hash else None
-    except (DataError, OSError, ValueError):
-        return None  # not there, or damaged
-
-
-def _sample(cfg: DataConfig, inputs: list[Input], text: Corpus, groups: int) -> list[str]:
-    """Training text from all over the inputs, up to a share of SAMPLE characters."""
-    limit = SAMPLE / groups
-    total = math.inf if any(item.path is None for item in inputs) else sum(item.path.stat().st_size for item in inputs)
-    share = 1.0 if total == math.inf else min(1.0, limit / max(1, total))
-    kept, seen, sample = 0, 0, []
-    for piece in Reader(cfg, inputs, text.split_of):
-        seen += len(piece.text)
-        if piece.split == "train" and kept < share * seen:
-            sample.append(piece.text)
-            kept += len(piece.text)
-        if kept >= limit:
-            break
-    return sample
 
 
 # --- batches ----------------------------------------------------------------------------------------------------
@@ -894,15 +161,23 @@ class PretrainBatches:
                 raise DataError(f"{source.path}: expected at least {seq_len + 1} tokens of text, got {len(source)}")
         self.steps_per_epoch = math.ceil(sum(self.windows) / rows)  # after which all windows could have come once
         parts = [(source.fingerprint, share) for source, share in zip(self.shards, self.mixture.shares, strict=True)]
-        self.fingerprint = _hash(parts)
+        self.fingerprint = short_hash(parts)
+        self._kept: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         first, last = self.rows * rank // world, self.rows * (rank + 1) // world
-        return _batch(self._windows(step, first, last), self.shards[0].eos_id, self.isolate_documents)
+        windows = self._global(step) if world == 1 else self._windows(step, first, last)
+        return _batch(windows, self.shards[0].eos_id, self.isolate_documents)
 
     def sha(self, step: int) -> str:
         """Hash of the token ids of the global batch."""
-        return _sha(self._windows(step, 0, self.rows))
+        return _sha(self._global(step))
+
+    def _global(self, step: int) -> np.ndarray:
+        """[B, T + 1], kept until another step is asked for: a single rank needs them for its batch and for the hash."""
+        if self._kept[0] != step:
+            self._kept = step, self._windows(step, 0, self.rows)
+        return self._kept[1]
 
     def epoch(self, step: int) -> float:
         """How often, at the start of `step`, as many windows have come as there are in all sources together."""
@@ -970,16 +245,16 @@ class _Stream:
         while True:
             order = shuffled(np.arange(len(self.inputs)), len(self.inputs), _key(*self.key, epoch))
             reader = Reader(self.cfg, [self.inputs[i] for i in order], self.split_of, cursor)
-            found, ids = cursor != [0, 0, None], []
+            found, parts = cursor != [0, 0, None], []
             for piece in reader:
                 if piece.split == "train":
                     found = True
-                    ids += self.tokenizer.encode(piece.text)
+                    parts.append(self.tokenizer.encode_array(piece.text))
                     if piece.ends:
-                        yield epoch, cursor, np.array([*ids, self.tokenizer.eos_id])
-                        cursor, ids = piece.cursor, []
+                        yield epoch, cursor, np.concatenate([*parts, [self.tokenizer.eos_id]], dtype=np.int64)
+                        cursor, parts = piece.cursor, []
             if not found:
-                raise DataError(f"data.train: {_named(self.inputs)}: nothing to train on ({_counted(reader.counts)})")
+                raise DataError(f"data.train: {named(self.inputs)}: nothing to train on ({counted(reader.counts)})")
             epoch, cursor = epoch + 1, [0, 0, None]
 
 
@@ -993,15 +268,15 @@ class StreamBatches:
     steps_per_epoch = 0  # not known before the end
 
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, seq_len: int, rows: int, seed: int) -> None:
-        text = corpus(cfg)
+        text = open_corpus(cfg)
         self.cfg, self.tokenizer, self.seq_len, self.rows = cfg, tokenizer, seq_len, rows
         self.mixture = Mixture([weight for weight, _ in text.groups], seed)
         self.streams = [
             _Stream(cfg, inputs, text.split_of, tokenizer, (seed, which))
             for which, (_, inputs) in enumerate(text.groups)
         ]
-        identities = [_identities(cfg, inputs) for _, inputs in text.groups]
-        self.fingerprint = _hash([identities, text.settings, self.mixture.shares, tokenizer.hash])
+        texts = [identities(cfg, inputs) for _, inputs in text.groups]
+        self.fingerprint = short_hash([texts, text.settings, self.mixture.shares, tokenizer.hash])
         self._step, self._windows, self._epoch = -1, np.empty(0), 0.0
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -1098,15 +373,57 @@ def show(batch: Batch, tokenizer: Tokenizer, colour: bool) -> str:
     return "\n".join(lines)
 
 
+BENCH = 32 << 20  # characters that `bench` tokenises in a turn
+TURNS = 5
+
+
+def benchmark(cfg: DataConfig, tokenizer: Tokenizer, characters: int = BENCH, turns: int = TURNS) -> dict[str, float]:
+    """Tokens per second of `tokenise`, from files to tokens on disk, and of tiktoken's batch call on texts in memory.
+
+    The two take turns, so that a slow moment of the machine hits both. `ratio` is of medians; `cpu_ratio` compares
+    processor seconds, which hold still where other programs compute at the same time.
+    """
+    text = open_corpus(cfg)
+    inputs = [item for _, group in text.groups for item in group]
+    texts = [piece.text for piece in Reader(cfg, inputs, text.split_of, limit=characters)]
+    workers = cfg.workers or os.cpu_count() or 1
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenise(Path(folder), Reader(cfg, inputs, text.split_of, limit=characters), tokenizer, progress=False)
+
+    def alone() -> None:
+        tokenizer.encoding.encode_ordinary_batch(texts, num_threads=workers)
+
+    tokens = sum(len(tokenizer.encode_array(text)) for text in texts)
+    seconds = np.array([[*_seconds(alone), *_seconds(ours)] for _ in range(turns)])
+    alone_wall, alone_cpu, ours_wall, ours_cpu = (statistics.median(column) for column in seconds.T.tolist())
+    return {
+        "characters": sum(map(len, texts)),
+        "tokens": tokens,
+        "tiktoken_tokens_per_s": tokens / alone_wall,
+        "prepare_tokens_per_s": tokens / ours_wall,
+        "ratio": alone_wall / ours_wall,
+        "cpu_ratio": alone_cpu / ours_cpu,
+    }
+
+
+def _seconds(action: Callable[[], None]) -> tuple[float, float]:
+    """On the clock, and of the processor."""
+    clock, used = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - clock, time.process_time() - used
+
+
 def main(argv: list[str]) -> None:
     # The one look upwards: as a program this file reads the configuration, which itself is made of our DataConfig.
     from config import ConfigError, load_config
 
-    usage = "python data.py prepare|show [FILE.yaml] [--preset NAME] [--key=value ...]"
+    usage = "python data.py prepare|show|bench [FILE.yaml] [--preset NAME] [--key=value ...]"
     command = argv[0] if argv else "--help"
-    if command not in ("prepare", "show", "-h", "--help"):
-        raise ConfigError(f"{command}: expected prepare or show ({usage})")
-    cfg = load_config(argv[1:] if command in ("prepare", "show") else argv or ["--help"], "data", usage=usage)
+    if command not in ("prepare", "show", "bench", "-h", "--help"):
+        raise ConfigError(f"{command}: expected prepare, show or bench ({usage})")
+    cfg = load_config([command, *argv[1:]] if command.startswith("-") else argv[1:], "data", usage=usage)
     prepared = prepare(cfg.data, cfg.model.vocab_size)
     tokenizer = prepared.tokenizer
     print(f"tokenizer  {tokenizer.n_vocab:,} ids, {tokenizer.hash[:12]}, {escape_terminal(tokenizer.name)}")
@@ -1114,7 +431,10 @@ def main(argv: list[str]) -> None:
     for split, source, weight in [*splits, *(("val", source, 1.0) for source in prepared.val)]:
         left_out = {name: count for name, count in source.counts.items() if name not in ("train", "val")}
         print(f"{split:<9}  {source.n_documents:,} documents, {len(source):,} tokens, weight {weight:g}, {source.path}")
-        print(f"{'':<9}  left out of both splits: {_counted(left_out)}" if left_out else "", end="\n" * bool(left_out))
+        print(f"{'':<9}  left out of both splits: {counted(left_out)}" if left_out else "", end="\n" * bool(left_out))
+    if command == "bench":
+        for name, value in benchmark(cfg.data, tokenizer).items():
+            print(f"{name:<22} {value:14,.2f}")
     if command == "show":
         length = cfg.model.max_position_embeddings
         batches = open_batches(cfg.data, prepared, length, 2, cfg.run.seed)

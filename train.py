@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from checkpoint import load_model, write_folder
 from config import Config, ConfigError, TrainConfig, check, dump, exit_code_of, load_config, run_script
-from data import Batch, PretrainBatches, StreamBatches, eval_windows, open_batches, prepare, token_bytes
+from corpus import prepare
+from data import Batch, PretrainBatches, StreamBatches, eval_windows, open_batches, token_bytes
 from distributed import (
     World,
     any_rank,

@@ -8,8 +8,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Nothing is downloaded by a test; a library that tries is told no at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from pathlib import Path
+
 import pytest
 import torch
+from corpora import VOCAB
+
+from corpus import DataConfig, Prepared, prepare
 
 torch.set_num_threads(1)
 
@@ -17,3 +22,23 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def build(tmp_path: Path):
+    """Prepares sources of tmp_path with the byte tokenizer."""
+
+    def run(*train: str, **options: object) -> Prepared:
+        options = {"tokenizer": "bytes", "val_fraction": 0.2, "cache_dir": str(tmp_path / "cache")} | options
+        sources = tuple(source if ":" in source else str(tmp_path / source) for source in train)
+        return prepare(DataConfig(train=sources, **options), VOCAB, progress=False)
+
+    return run
+
+
+@pytest.fixture
+def quiet_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    datasets.disable_progress_bars()

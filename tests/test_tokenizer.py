@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiktoken
 import tokenizers
@@ -617,6 +618,28 @@ def test_the_detour_for_long_spaces_gives_the_same_ids(
         with monkeypatch.context() as patch:
             patch.setattr(tokenizer_module, "LONG_SPACE", 1)
             assert_same_ids([ours.encode(text) for text in texts], expected, texts)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_array_of_ids_is_the_list_of_ids(folders: dict[str, Path], name: str) -> None:
+    """The fast path goes through an entry of tiktoken that knows control tokens: here it must know none."""
+    ours = load_tokenizer(folders[name])
+    spelled = [f"a{token}{token} b\n{token[:-1]}" for token in (*ours.special, "<|im_start|>", "<|endoftext|>")]
+    texts = [*random_texts(1000, seed=11), *spelled, "", "\ud800", " " * 200_000 + "x", "x" * 300_000]
+    for text in texts:
+        ids = ours.encode_array(text)
+        assert ids.dtype == np.uint32
+        assert ids.tolist() == ours.encode(text), text[:80]
+
+
+@pytest.mark.parametrize("start", [0, 1, 99, 100, 101, 250, 399])
+@pytest.mark.parametrize("length", [99, 100, 101, 250])
+def test_a_long_space_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch, start: int, length: int) -> None:
+    monkeypatch.setattr(tokenizer_module, "LONG_SPACE", 100)
+    text = "x" * start + "\t\u3000\n " * (length // 4) + " " * (length % 4) + "y" * (700 - start)
+    assert tokenizer_module._has_long_space(text) == (length >= 100)
+    assert tokenizer_module._has_long_space(text[: start + length]) == (length >= 100)
+    assert not tokenizer_module._has_long_space("x " * 400)
 
 
 def error_of(call: Callable[[], Any]) -> str:
