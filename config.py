@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 
 from data import DataConfig
+from lora import LoraConfig
 from model import ModelConfig, Sampling
 
 DEFAULT_FILE = Path(__file__).with_name("config.yaml")
@@ -159,6 +160,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    lora: LoraConfig
     infer: InferConfig
 
 

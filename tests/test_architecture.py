@@ -17,10 +17,11 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 IMPORTS = {
     "model": set(),
     "tokenizer": set(),
+    "lora": set(),
     "distributed": set(),
     "data": {"tokenizer"},
-    "config": {"model", "data"},
-    "checkpoint": {"config", "model", "tokenizer"},
+    "config": {"model", "lora", "data"},
+    "checkpoint": {"config", "lora", "model", "tokenizer"},
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
     "infer": {"config", "model", "tokenizer", "checkpoint", "distributed"},
     "train": {"config", "model", "tokenizer", "data", "distributed", "checkpoint", "runfolder"},
