@@ -307,9 +307,11 @@ def to_peft_name(name: str) -> str:
 
 
 def from_peft_name(name: str) -> str:
-    """The inverse of `to_peft_name`; any other name stays as it is, and fits nowhere."""
+    """The inverse of `to_peft_name`."""
     for ours, theirs in _SUFFIXES.items():
         if name.startswith(_PREFIX) and name.endswith(theirs):
             return name.removeprefix(_PREFIX).removesuffix(theirs) + ours
     ours = name.removeprefix(_PREFIX)
-    return ours if to_peft_name(ours) == name else name
+    if to_peft_name(ours) != name:
+        raise LoraError(f"{name}: not the name of a tensor in PEFT's LoRA format")
+    return ours
