@@ -594,6 +594,7 @@ def _load_adapted(
     adapter = read_adapter(folder)
     try:
         base = resolve(adapter.base)
+        _expect_model(base)
         problems = _problems_of_base(adapter, base)
         model, tokenizer = load_model(base, device, dtype, allow_mismatch=allow_mismatch, warn=warn)
     except CheckpointError as error:
@@ -615,9 +616,12 @@ def _load_adapted(
     return model.eval(), tokenizer
 
 
-def _problems_of_base(adapter: Adapter, base: Path) -> list[str]:
+def _expect_model(base: Path) -> None:
     if is_adapter(base):
         raise CheckpointError(f"{base}: is an adapter itself: `checkpoint.py export --merge` makes it a model")
+
+
+def _problems_of_base(adapter: Adapter, base: Path) -> list[str]:
     if adapter.base_hash is None or (found := hash_weights(base)) == adapter.base_hash:
         return []
     return [f"base: trained on weights with hash {adapter.base_hash[:12]}, {base} has {found[:12]}"]
@@ -628,13 +632,12 @@ def _settle_tied_head(model: GPT, adapter: Adapter) -> tuple[LoraConfig, dict[st
     head, embedding = (adapter.tensors.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
     if model.lm_head is not None or (head is None and embedding is None):
         return adapter.config, adapter.tensors
-    alike = head is not None and embedding is not None and torch.equal(head, embedding)
+    both = head is not None and embedding is not None
+    alike = both and head.dtype == embedding.dtype and torch.equal(head, embedding)
     if alike or (adapter.tied and head is None):
         names = tuple(name for name in adapter.config.modules_to_save if name != "lm_head")
-        return (
-            replace(adapter.config, modules_to_save=names),
-            {name: tensor for name, tensor in adapter.tensors.items() if name != "lm_head.weight"},
-        )
+        tensors = {name: tensor for name, tensor in adapter.tensors.items() if name != "lm_head.weight"}
+        return replace(adapter.config, modules_to_save=names), tensors
     shared = model.model.embed_tokens.weight
     with torch.device("meta"):
         model.lm_head = nn.Linear(model.cfg.hidden_size, model.cfg.vocab_size, bias=False)
@@ -646,10 +649,11 @@ def _settle_tied_head(model: GPT, adapter: Adapter) -> tuple[LoraConfig, dict[st
 def hash_weights(source: str | Path) -> str:
     """SHA-256 over the names, types, shapes and bytes of a source's tensors as stored, in whichever files they are."""
     folder = resolve(source)
-    tensors = {name: (t, read) for file in _weight_files(folder) for name, t, read in _tensors(file)}
+    _expect_model(folder)
+    readers = {name: read for file in _weight_files(folder) for name, _, read in _tensors(file)}
     total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name][1](None, torch.device("cpu"))
+    for name in sorted(readers):
+        tensor = readers[name](None, torch.device("cpu"))
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()

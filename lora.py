@@ -270,15 +270,15 @@ def to_peft(cfg: LoraConfig, base: str, *, tied: bool) -> dict[str, Any]:
 
 def from_peft(hf: dict[str, Any]) -> LoraConfig:
     """The inverse of `to_peft`; whatever would be computed differently here is refused."""
+    for key, allowed in _ALLOWED.items():
+        if hf.get(key) not in allowed:
+            raise LoraError(f"{key}: expected {' or '.join(map(repr, allowed))}, got {_shown(hf.get(key))}")
     for key, value in hf.items():
-        if key in _ALLOWED:
-            if value not in _ALLOWED[key]:
-                raise LoraError(f"{key}: expected {' or '.join(map(repr, _ALLOWED[key]))}, got {value!r}")
-        elif value and key not in _SILENT | _READ:
-            raise LoraError(f"{key}: not supported, got {value!r}")
-    for key, kinds in {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "peft_type": str}.items():
+        if value and key not in _SILENT | _READ | _ALLOWED.keys():
+            raise LoraError(f"{key}: not supported, got {_shown(value)}")
+    for key, kinds in {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
         if not isinstance(hf.get(key), kinds) or isinstance(hf[key], bool):
-            raise LoraError(f"{key}: expected {'text' if kinds is str else 'a number'}, got {hf.get(key)!r}")
+            raise LoraError(f"{key}: expected a number, got {_shown(hf.get(key))}")
     if hf["r"] < 1:
         raise LoraError(f"r: expected 1 or more, got {hf['r']}")
     return LoraConfig(
@@ -295,8 +295,12 @@ def from_peft(hf: dict[str, Any]) -> LoraConfig:
 def _names(hf: dict[str, Any], key: str) -> tuple[str, ...]:
     names = hf.get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise LoraError(f"{key}: expected a list of names, got {names!r}")
+        raise LoraError(f"{key}: expected a list of names, got {_shown(names)}")
     return tuple(sorted(set(names)))  # PEFT writes a set, in any order
+
+
+def _shown(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
 def to_peft_name(name: str) -> str:

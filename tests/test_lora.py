@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,22 @@ def test_t08_recomputed_activations_give_the_same_gradients(variant: str):
     assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)
 
 
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_layer_compiles_into_one_graph(variant: str, mixed: bool):
+    layer = shaken(LoRALinear(nn.Linear(8, 4), replace(VARIANTS[variant], dropout=0.1)))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x = torch.randn(3, 8)
+    for training in (True, False):
+        layer.train(training)
+        outputs = []
+        for run_layer in (layer, compiled):
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                outputs.append(run_layer(x))
+        assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_mixed_precision(variant: str):
     """fp32 weights under bf16 autocast, and a bf16 base with fp32 adapters: near the fp32 result, fp32 gradients."""
@@ -418,7 +435,7 @@ def test_peft_loads_what_we_write_and_has_our_gradients(kind: str, variant: str,
     reference(IDS, labels=labels, use_cache=False).loss.backward()
     loss_of(ours).backward()
     theirs_by_name = {
-        from_peft_name(name.replace(".default", "").replace(".modules_to_save", "")): p.grad
+        from_peft_name(re.sub(r"(?<=_vector)\.default\.weight|\.default|\.modules_to_save", "", name)): p.grad
         for name, p in reference.named_parameters()
         if p.requires_grad
     }
@@ -479,7 +496,7 @@ BY_PEFT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:You passed `ensure_weight_tying=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but no tied modules:UserWarning")
 @pytest.mark.parametrize("form", list(BY_PEFT))
 @pytest.mark.parametrize("kind", KINDS)
 def test_we_load_what_peft_writes(kind: str, form: str, bases, tmp_path: Path):
@@ -549,7 +566,7 @@ def test_names_and_configuration_round_trip():
         ({"bias": "all"}, "bias: expected 'none' or None, got 'all'"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias: not supported, got True"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern: not supported"),
+        ({"rank_pattern": {f"layers.{n}": 8 for n in range(99)}}, "rank_pattern: not supported, got .{1,60}$"),
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern: not supported"),
         ({"layers_to_transform": [1]}, "layers_to_transform: not supported"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules: not supported"),
@@ -595,7 +612,7 @@ def test_what_would_be_computed_differently_is_refused(change: dict, said: str, 
 
 def test_variants_that_peft_really_writes_are_refused(bases, tmp_path: Path):
     made_by_peft("qwen2", tmp_path / "regex", bases, target_modules=r".*\.[qv]_proj")
-    made_by_peft("qwen2", tmp_path / "ranks", bases, target_modules=["q_proj"], rank_pattern={"layers.0": 8})
+    made_by_peft("qwen2", tmp_path / "ranks", bases, target_modules=["q_proj"], rank_pattern={"q_proj": 8})
     made_by_peft("qwen2", tmp_path / "bias", bases, target_modules=["q_proj"], bias="lora_only")
     made_by_peft("gpt2", tmp_path / "conv", bases, target_modules=["c_attn"], fan_in_fan_out=True)
     loha = peft.get_peft_model(base_of_theirs(bases["qwen2"]), peft.LoHaConfig(target_modules=["q_proj"]))
@@ -737,6 +754,11 @@ def test_an_adapter_of_an_adapter_is_refused(bases, tmp_path: Path):
     write_adapter(model, PLAIN, tmp_path / "first", None, tmp_path / "second", base_hash="0" * 64)
     with pytest.raises(CheckpointError, match="is an adapter itself"):
         load_model(tmp_path / "second")
+    path = tmp_path / "first" / checkpoint.ADAPTER_CONFIG  # which is its own base, and so on
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "first")}))
+    (tmp_path / "first" / checkpoint.BASE_RECORD).unlink()
+    with pytest.raises(CheckpointError, match="is an adapter itself"):
+        load_model(tmp_path / "first")
 
 
 def test_a_run_folder_with_adapters_is_its_newest(bases, tmp_path: Path):
@@ -781,7 +803,7 @@ KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
 SPOILED = {
     "missing": (spoiled(lambda s: s.pop(KEY)), r"missing: model\.layers\.0\.mlp\.up_proj\.lora_B"),
     "extra": (spoiled(lambda s: s.update({KEY.replace("up", "left"): s[KEY].clone()})), "unexpected: .*left_proj"),
-    "no prefix": (spoiled(lambda s: s.update({"model.norm.weight": torch.ones(32)})), r"model\.norm\.weight: not the name"),
+    "no prefix": (spoiled(lambda s: s.update({"model.norm.weight": torch.ones(32)})), "not the name of a tensor"),
     "a base weight": (
         spoiled(lambda s: s.update({"base_model.model.model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)})),
         r"unexpected: model\.layers\.0\.mlp\.up_proj\.weight",
