@@ -668,14 +668,17 @@ def write_adapter(
     *,
     base_hash: str | None = None,
     dtype: torch.dtype | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Fill an existing folder with a model's adapter, as PEFT loads it onto transformers' model of the same base.
 
     `base` is the folder or hub id that the model was loaded from, `base_hash` its `hash_weights` where the caller
     knows it already. Shapes whose layers are cut otherwise in transformers (GPT-2), or that it lacks, keep our names:
     PEFT refuses those, and `export --merge` makes a model of them.
+
+    state: the weights, where the model's own are spread over several ranks
     """
-    state = lora_state(model)
+    state = {name: tensor if state is None else state[name].detach() for name, tensor in lora_state(model).items()}
     tied = model.lm_head is None and "model.embed_tokens.weight" in state
     if tied:  # stored twice, as PEFT does with a pair that it is to keep tied
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()

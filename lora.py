@@ -75,7 +75,7 @@ class LoRALinear(nn.Linear):
     def updated(self) -> Tensor:
         """W + s B A [out, in], at least in fp32."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            return self.weight.to(self.lora_A.dtype) + self.scale * (self.lora_B @ self.lora_A)
+            return torch.addmm(self.weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scale)
 
     def merged(self) -> Tensor:
         """The weight of the plain layer that computes the same, in the dtype of the base."""

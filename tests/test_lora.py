@@ -746,6 +746,17 @@ def test_the_base_may_be_a_run_folder(bases, tmp_path: Path):
     assert close(logits(again), logits(ours))
 
 
+def test_weights_gathered_by_the_caller_are_what_is_written(bases, tmp_path: Path):
+    gathered = copies(written(VARIANTS["embedding"], bases["qwen2"], tmp_path / "one").state_dict())
+    spread, _ = load_model(bases["qwen2"])
+    apply_lora(spread, VARIANTS["embedding"])
+    (tmp_path / "two").mkdir()
+    write_adapter(spread, VARIANTS["embedding"], bases["qwen2"], None, tmp_path / "two", state=gathered)
+    one, two = (load_file(tmp_path / name / checkpoint.ADAPTER_WEIGHTS) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_an_adapter_of_an_adapter_is_refused(bases, tmp_path: Path):
     model = written(PLAIN, bases["qwen2"], tmp_path / "first")
     (tmp_path / "second").mkdir()
