@@ -2,15 +2,19 @@
 
     python checkpoint.py parity SOURCE           compare a source with transformers: logits, greedy text, tokenizer
     python checkpoint.py export SOURCE FOLDER    write a folder that AutoModelForCausalLM and AutoTokenizer load
+    python checkpoint.py export ADAPTER FOLDER   the adapter alone, as PEFT loads it; with --merge the whole model
 
-A SOURCE is a Hugging Face folder (one file or sharded), a checkpoint or run folder of this project, or a hub id.
+A SOURCE is a Hugging Face folder (one file or sharded), a checkpoint or run folder of this project, or a hub id. Each
+may hold an adapter (PEFT's LoRA) instead of a model; it names its base, which is loaded with it.
 Weights are safetensors; a pickle is read only through torch's `weights_only=True`, which runs no code.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -18,23 +22,29 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from config import run_script
+import lora
+from config import ConfigError, run_script
+from lora import LoraConfig, LoraError, apply_lora, load_lora, lora_state, merge_lora
 from model import GPT, ModelConfig, RopeScaling, generate
 from tokenizer import QWEN2_PATTERN, DataError, Tokenizer, load_tokenizer
 
 READ_BYTES = 2**26  # weights are read in pieces of this size (64 MiB), so that a load needs little more than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
 OWN_TYPE = "nanoqwen"  # model_type of shapes that transformers has no class for
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+# What we know about an adapter's base beyond its name. A file of its own: PEFT warns about keys that it does not know.
+BASE_RECORD = "base.json"
 
 
 class CheckpointError(Exception):
@@ -281,17 +291,27 @@ def resolve(source: str | Path) -> Path:
 
 def _resolve(folder: Path) -> Path:
     if (folder / "checkpoints").is_dir():
-        steps = sorted(folder.glob("checkpoints/step-*/config.json"))
+        steps = sorted(file.parent for file in checkpoint_files(folder))
         if not steps:
             raise CheckpointError(f"{folder}: no checkpoint under {folder / 'checkpoints'}")
-        return steps[-1].parent
-    if (folder / "config.json").is_file():
+        return steps[-1]
+    if (folder / "config.json").is_file() or is_adapter(folder):
         return folder
     if folder.exists():
-        raise CheckpointError(f"{folder}: expected a folder with a config.json or with checkpoints/")
+        raise CheckpointError(f"{folder}: expected a folder with a config.json or with checkpoints/, or an adapter")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return _download(str(folder))
     raise CheckpointError(f"{folder}: no such folder, and not a hub id (OWNER/NAME)")
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def checkpoint_files(run: Path) -> Iterator[Path]:
+    """One file of each checkpoint of a run folder: the configuration of its model or of its adapter."""
+    for name in ("config.json", ADAPTER_CONFIG):
+        yield from run.glob(f"checkpoints/step-*/{name}")
 
 
 def _download(hub_id: str) -> Path:
@@ -406,6 +426,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
+    merge: bool = True,
     allow_mismatch: bool = False,
     warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr),
 ) -> tuple[GPT, Tokenizer | None]:
@@ -413,8 +434,11 @@ def load_model(
 
     A missing, unexpected or mis-shaped tensor, or a tokenizer that is not the model's, is a CheckpointError that
     lists them; with `allow_mismatch` it is a warning, and missing weights keep their random initial values.
+    The source may be an adapter: it is merged into its base, or with merge=False left beside it, ready to train.
     """
     folder = resolve(source)
+    if is_adapter(folder):
+        return _load_adapted(folder, torch.device(device), dtype, merge, allow_mismatch, warn)
     hf = _read_json(folder / "config.json")
     cfg = config_from_hf(hf)
     device = torch.device(device)
@@ -497,6 +521,189 @@ def _read_tokenizer(folder: Path, hf: dict[str, Any], cfg: ModelConfig, problems
     return tokenizer
 
 
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+class Adapter(NamedTuple):
+    """What an adapter folder holds."""
+
+    config: LoraConfig
+    base: str  # folder or hub id, as PEFT understands it
+    base_hash: str | None  # of the weights that it was trained on; None: not known, PEFT keeps no record
+    tensors: dict[str, Tensor]  # under our names, on the CPU, as stored
+    tied: bool  # an embedding among them is the head as well
+    tokenizer_hash: str | None
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """An adapter written here or by PEFT. One that would be computed differently here, or not wholly, is refused."""
+    folder = Path(folder)
+    path = folder / ADAPTER_CONFIG
+    hf = _read_json(path)
+    try:
+        cfg = lora.from_peft(hf)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    base = hf.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{path}: base_model_name_or_path: expected a folder or hub id, got {base!r}")
+    record = _read_json(folder / BASE_RECORD) if (folder / BASE_RECORD).exists() else {}
+    if not all(isinstance(record.get(key, ""), str) for key in ("sha256", "folder", "tokenizer_hash")):
+        raise CheckpointError(f"{folder / BASE_RECORD}: expected texts, got {record}")
+    if record.get("folder") and not _exists(base) and _exists(folder / record["folder"]):
+        base = os.path.normpath(folder / record["folder"])  # both were moved together
+    tensors = _read_adapter_tensors(folder, cfg)
+    tied = hf.get("ensure_weight_tying") is True
+    return Adapter(cfg, base, record.get("sha256"), tensors, tied, record.get("tokenizer_hash"))
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name too long, a folder that is not ours to read
+        return False
+
+
+def _read_adapter_tensors(folder: Path, cfg: LoraConfig) -> dict[str, Tensor]:
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        pickled = "; adapter_model.bin is a pickle, which is not read" * (folder / "adapter_model.bin").exists()
+        raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS}{pickled}")
+    tensors: dict[str, Tensor] = {}
+    for stored, empty, read in _tensors(file):
+        try:
+            name = lora.from_peft_name(stored)
+        except LoraError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+        if not empty.is_floating_point():
+            raise CheckpointError(f"{file}: {stored}: expected numbers of 16, 32 or 64 bits with a point")
+        if name.endswith(".lora_A") and empty.shape[:1] != (cfg.rank,):  # before a wrong rank allocates anything
+            raise CheckpointError(f"{file}: {stored}: expected {cfg.rank} rows as r says, got {tuple(empty.shape)}")
+        tensors[name] = read(None, torch.device("cpu"))
+    return tensors
+
+
+def _load_adapted(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    merge: bool,
+    allow_mismatch: bool,
+    warn: Callable[[str], None],
+) -> tuple[GPT, Tokenizer | None]:
+    adapter = read_adapter(folder)
+    try:
+        base = resolve(adapter.base)
+        _expect_model(base)
+        problems = _problems_of_base(adapter, base)
+        model, tokenizer = load_model(base, device, dtype, allow_mismatch=allow_mismatch, warn=warn)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
+    tokenizer = _read_tokenizer(folder, {"tokenizer_hash": adapter.tokenizer_hash}, model.cfg, problems) or tokenizer
+    if problems and not allow_mismatch:
+        raise CheckpointError(f"{folder}: does not fit: {'; '.join(problems)} (--allow_mismatch loads it all the same)")
+    for problem in problems:
+        warn(f"{folder}: {problem}")
+    cfg, tensors = _settle_tied_head(model, adapter)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the first values of A are not kept
+            apply_lora(model, cfg)
+        load_lora(model, tensors)
+    except LoraError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    if merge:
+        merge_lora(model)
+    return model.eval(), tokenizer
+
+
+def _expect_model(base: Path) -> None:
+    if is_adapter(base):
+        raise CheckpointError(f"{base}: is an adapter itself: `checkpoint.py export --merge` makes it a model")
+
+
+def _problems_of_base(adapter: Adapter, base: Path) -> list[str]:
+    if adapter.base_hash is None or (found := hash_weights(base)) == adapter.base_hash:
+        return []
+    return [f"base: trained on weights with hash {adapter.base_hash[:12]}, {base} has {found[:12]}"]
+
+
+def _settle_tied_head(model: GPT, adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """PEFT trains a tied head and its embedding apart unless told otherwise. Then they are two matrices here too."""
+    head, embedding = (adapter.tensors.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
+    if model.lm_head is not None or (head is None and embedding is None):
+        return adapter.config, adapter.tensors
+    both = head is not None and embedding is not None
+    alike = both and head.dtype == embedding.dtype and torch.equal(head, embedding)
+    if alike or (adapter.tied and head is None):
+        names = tuple(name for name in adapter.config.modules_to_save if name != "lm_head")
+        tensors = {name: tensor for name, tensor in adapter.tensors.items() if name != "lm_head.weight"}
+        return replace(adapter.config, modules_to_save=names), tensors
+    shared = model.model.embed_tokens.weight
+    with torch.device("meta"):
+        model.lm_head = nn.Linear(model.cfg.hidden_size, model.cfg.vocab_size, bias=False)
+    model.lm_head.weight = nn.Parameter(shared.detach().clone())
+    model.cfg = replace(model.cfg, tie_word_embeddings=False)
+    return adapter.config, adapter.tensors
+
+
+def hash_weights(source: str | Path) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a source's tensors as stored, in whichever files they are."""
+    folder = resolve(source)
+    _expect_model(folder)
+    readers = {name: read for file in _weight_files(folder) for name, _, read in _tensors(file)}
+    total = hashlib.sha256()
+    for name in sorted(readers):
+        tensor = readers[name](None, torch.device("cpu"))
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def write_adapter(
+    model: GPT,
+    cfg: LoraConfig,
+    base: str | Path,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    *,
+    base_hash: str | None = None,
+    dtype: torch.dtype | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Fill an existing folder with a model's adapter, as PEFT loads it onto transformers' model of the same base.
+
+    `base` is the folder or hub id that the model was loaded from, `base_hash` its `hash_weights` where the caller
+    knows it already. Shapes whose layers are cut otherwise in transformers (GPT-2), or that it lacks, keep our names:
+    PEFT refuses those, and `export --merge` makes a model of them.
+
+    state: the weights, where the model's own are spread over several ranks
+    """
+    state = {name: tensor if state is None else state[name].detach() for name, tensor in lora_state(model).items()}
+    tied = model.lm_head is None and "model.embed_tokens.weight" in state
+    if tied:  # stored twice, as PEFT does with a pair that it is to keep tied
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    base_hash = base_hash or hash_weights(base)
+    _fill_adapter_folder(folder, Adapter(cfg, str(base), base_hash, state, tied, None), tokenizer, dtype)
+
+
+def _fill_adapter_folder(
+    folder: Path, adapter: Adapter, tokenizer: Tokenizer | None, dtype: torch.dtype | None
+) -> None:
+    base, record = adapter.base, {}
+    if _exists(base):
+        where = resolve(base).resolve()
+        base, record["folder"] = str(where), os.path.relpath(where, folder.resolve())
+    if adapter.base_hash is not None:
+        record["sha256"] = adapter.base_hash
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        record["tokenizer_hash"] = tokenizer.hash
+    tensors = {lora.to_peft_name(n): t.to("cpu", dtype or t.dtype).contiguous() for n, t in adapter.tensors.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / ADAPTER_CONFIG, lora.to_peft(adapter.config, base, tied=adapter.tied))
+    _write_json(folder / BASE_RECORD, record)
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -511,6 +718,8 @@ def write_folder(
 
     state: the weights, where the model's own are spread over several ranks
     """
+    if lora_state(model):
+        raise ValueError("the model has adapters: merge_lora first, or write_adapter")
     kind = hf_model_type(model.cfg)
     tensors = (model.state_dict() if state is None else state).items()
     state = to_hf(kind, {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors})
@@ -558,7 +767,21 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
 
 def export(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a new folder, all or nothing: it appears under its name when it is complete."""
-    folder = Path(folder)
+    with _new_folder(Path(folder)) as unfinished:
+        write_folder(model, tokenizer, unfinished, dtype)
+
+
+def export_adapter(source: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a new folder with the adapter of a source, which is checked against its base."""
+    adapter = read_adapter(resolve(source))
+    _, tokenizer = load_model(source, merge=False)
+    with _new_folder(Path(folder)) as unfinished:
+        _fill_adapter_folder(unfinished, adapter, tokenizer, dtype)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to be filled, which then becomes `folder`; or vanishes, if filling it fails."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: expected a new or empty folder")
     try:
@@ -567,7 +790,7 @@ def export(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, dtype: t
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
-        write_folder(model, tokenizer, unfinished, dtype)
+        yield unfinished
         unfinished.chmod(0o755)  # mkdtemp's folders are private, and so are safetensors' files
         for file in unfinished.iterdir():
             file.chmod(0o644)
@@ -590,6 +813,8 @@ def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
     except ImportError:
         raise CheckpointError("parity needs transformers: pip install transformers") from None
     folder = resolve(source)
+    if is_adapter(folder):
+        raise CheckpointError(f"{source}: is an adapter: compare what `checkpoint.py export --merge` makes of it")
     ours, tokenizer = load_model(folder, device, torch.float32)
     if hf_model_type(ours.cfg) == OWN_TYPE:
         raise CheckpointError(f"{folder}: transformers has no class for this shape, so there is nothing to compare")
@@ -687,16 +912,30 @@ def main(argv: list[str]) -> int:
     compare.add_argument("--device", default="cpu", choices=_devices(), help="default: cpu")
     write.add_argument("folder", help="a new folder")
     write.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    write.add_argument("--merge", action="store_true", help="an adapter: write the model that it makes of its base")
     args = parser.parse_args(argv)
     if args.command == "parity":
         result = parity(args.source, args.device)
         _print_parity(args.source, result)
         return 0 if result["equal"] else 1
-    model, tokenizer = load_model(args.source)
-    export(model, tokenizer, args.folder, getattr(torch, args.dtype) if args.dtype else None)
-    print(f"wrote {args.folder}: AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it"
-          + _autotokenizer_note(model, tokenizer))  # fmt: skip
+    print(_export_command(args.source, args.folder, getattr(torch, args.dtype) if args.dtype else None, args.merge))
     return 0
+
+
+def _export_command(source: str, folder: str, dtype: torch.dtype | None, merge: bool) -> str:
+    """Write what is asked for; returns what to tell the person."""
+    adapted = is_adapter(resolve(source))
+    if merge and not adapted:
+        raise ConfigError(f"--merge: expected an adapter as the source, {source} is a whole model")
+    if adapted and not merge:
+        export_adapter(source, folder, dtype)
+        return f"wrote {folder}: PeftModel.from_pretrained(base, {folder!r}) loads it"
+    model, tokenizer = load_model(source)
+    export(model, tokenizer, folder, dtype)
+    loads = f"AutoModelForCausalLM.from_pretrained({folder!r}) loads it"
+    if hf_model_type(model.cfg) == OWN_TYPE:
+        loads = "transformers has no class for this shape; load_model loads it"
+    return f"wrote {folder}: {loads}{_autotokenizer_note(model, tokenizer)}"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 
 from corpus import DataConfig
+from lora import LoraConfig
 from model import ModelConfig, Sampling
 
 DEFECT = 1  # exit code of an error of the program
@@ -180,6 +181,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    lora: LoraConfig
     log: LogConfig
     infer: InferConfig
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, load_model
+from checkpoint import CheckpointError, checkpoint_files, load_model
 from config import Config, ConfigError, check, load_config, run_script
 from distributed import pick_device, pick_dtype
 from model import RequestError, Sampling, generate, stream
@@ -42,7 +42,8 @@ def write(text: str) -> None:
 
 def newest_run() -> Path:
     """The run folder under runs/ whose newest checkpoint is the youngest."""
-    found = {path.parents[2]: path.stat().st_mtime for path in sorted(RUNS.glob("*/checkpoints/step-*/config.json"))}
+    files = sorted(file for run in sorted(RUNS.glob("*")) for file in checkpoint_files(run))
+    found = {path.parents[2]: path.stat().st_mtime for path in files}
     if not found:
         raise CheckpointError(f"no run under {RUNS}/: train one with `make train`, or name a source with --ckpt")
     return max(found, key=found.__getitem__)

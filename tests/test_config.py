@@ -454,11 +454,15 @@ def test_config_yaml_holds_every_key_once_with_a_comment():
 def test_help_lists_every_key_with_type_default_and_comment():
     text = help_text("infer")
     lines = text.splitlines()
-    comments = dict(re.findall(r"^  (\w+): .*? # (.*)$", (ROOT / "config.yaml").read_text(), re.MULTILINE))
+    comments, section = {}, ""
+    for line in (ROOT / "config.yaml").read_text().splitlines():
+        section = line.partition(":")[0] if line[:1].isalpha() else section
+        if written := re.match(r"  (\w+): .*? # (.*)$", line):
+            comments[f"{section}.{written[1]}"] = written[2]
     for key in keys_of(Config):
         shown = key.removeprefix("infer.")
         row = next(line for line in lines if line.startswith(f"  --{shown} "))
-        assert row.endswith(comments[key.split(".")[1]])
+        assert row.endswith(comments[".".join(key.split(".")[:2])])
         assert " = " in row
     assert lines.index("infer: prompt, stream, chat, beams") < lines.index("run: what all scripts share")
     assert next(line for line in lines if "--top_k " in line).split()[:4] == ["--top_k", "int", "=", "0"]
