@@ -15,13 +15,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from chat import ChatConfig
 from corpus import DataConfig
 from lora import LoraConfig
 from model import ModelConfig, Sampling
@@ -45,7 +46,7 @@ class RunConfig:
     seed: int = 1337
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    dir: str = "runs/base"
+    dir: str = "auto"
     resume: str = "auto"
     overwrite: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -127,6 +128,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    base_ckpt: str | None = None
+    objective: Literal["sft"] = "sft"
+    show_data: bool = False
+    steps: int = 300
+    seq_len: int = 512
+    lr: float = 1e-3
+    schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "plateau"
+    weight_decay: float = 0.0
+    warmup_steps: int = 20
+    eval_every: int = 50
+    patience: int = 6
+
+
+@dataclass(frozen=True)
 class LogConfig:
     wandb: Literal["off", "online", "offline"] = "off"
     project: str = "nanoqwen"
@@ -180,7 +196,9 @@ class Config:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    chat: ChatConfig
     train: TrainConfig
+    finetune: FinetuneConfig
     lora: LoraConfig
     log: LogConfig
     infer: InferConfig
@@ -206,11 +224,18 @@ def load_config(argv: Sequence[str], section: str, path: Path | None = None, usa
         if preset not in presets:
             raise ConfigError(f"--preset: {_unknown(preset, presets, 'preset')}")
         values = _merge(values, presets[preset])
-    return _build(Config, _merge(values, options))
+    cfg = _build(Config, _merge(values, options))
+    if cfg.run.dir == "auto":
+        name = cfg.finetune.objective if section == "finetune" else "base"
+        cfg = replace(cfg, run=replace(cfg.run, dir=f"runs/{name}"))
+    return cfg
 
 
-def check(cfg: Config, world_size: int = 1) -> None:
-    """Refuses what no section sees alone, and what this machine lacks, before anything is allocated."""
+def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> None:
+    """Refuses what no section sees alone, and what this machine lacks, before anything is allocated.
+
+    loop: the section of the script, where it is not `train`
+    """
     import torch  # here, so that reading a configuration asks nothing of a device
 
     kind, _, index = cfg.run.device.partition(":")
@@ -222,14 +247,19 @@ def check(cfg: Config, world_size: int = 1) -> None:
         raise ConfigError(f"run.dtype: float16 needs a GPU, got run.device {cfg.run.device!r} (try float32)")
     if world_size < 1:
         raise ConfigError(f"world size: expected 1 or more, got {world_size}")
-    if world_size > 1 and cfg.run.parallel == "fsdp" and cfg.train.optimizer == "muon":
-        raise ConfigError("run.parallel: fsdp cuts the matrices that train.optimizer muon needs whole (try ddp)")
-    if cfg.train.rows % world_size:
-        rows = f"{cfg.train.rows} rows a step (batch_tokens / seq_len)"
-        raise ConfigError(f"train.batch_tokens: {rows} cannot be shared by {world_size} ranks")
-    if cfg.train.seq_len > cfg.model.context:
-        longest = f"at most the model's context of {cfg.model.context}"
-        raise ConfigError(f"train.seq_len: expected {longest}, got {cfg.train.seq_len}")
+    loop = loop or cfg.train
+    if world_size > 1 and cfg.run.parallel == "fsdp" and loop.optimizer == "muon":
+        raise ConfigError("run.parallel: fsdp cuts the matrices that optimizer muon needs whole (try ddp)")
+    if loop.rows % world_size:
+        rows = f"{loop.rows} rows a step (batch_tokens / seq_len)"
+        raise ConfigError(f"batch_tokens: {rows} cannot be shared by {world_size} ranks")
+    if loop is cfg.train:  # else the model comes from a checkpoint
+        check_context(loop, cfg.model)
+
+
+def check_context(loop: TrainConfig, model: ModelConfig) -> None:
+    if loop.seq_len > model.context:
+        raise ConfigError(f"seq_len: expected at most the model's context of {model.context}, got {loop.seq_len}")
 
 
 # --- the file --------------------------------------------------------------------------------------------------

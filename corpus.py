@@ -110,11 +110,11 @@ def python_files() -> list[Path]:
     return sorted(found)
 
 
-def expand(sources: Iterable[str], key: str) -> list[Input]:
+def expand(sources: Iterable[str], key: str, section: str = "data") -> list[Input]:
     """The files behind sources, each once, in an order that does not depend on the file system."""
     found: dict[str, Input] = {}
     for source in sources:
-        for item in _inputs(source, key):
+        for item in _inputs(source, f"{section}.{key}"):
             found.setdefault(item.name, item)
     return list(found.values())
 
@@ -134,13 +134,13 @@ def _inputs(source: str, key: str) -> list[Input]:
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not _kind(Path(source)):
         inputs = [Input(f"hf:{source}")]
     else:
-        raise DataError(f"data.{key}: {source}: no such file or folder (a Hugging Face data set is written hf:NAME)")
+        raise DataError(f"{key}: {source}: no such file or folder (a Hugging Face data set is written hf:NAME)")
     known = ", ".join(TEXT_FILES + ROW_FILES)
     if not inputs:
-        raise DataError(f"data.{key}: {source}: expected files of kind {known}, found none")
+        raise DataError(f"{key}: {source}: expected files of kind {known}, found none")
     for item in inputs:
         if item.path and not _kind(item.path):
-            raise DataError(f"data.{key}: {item.name}: expected a file of kind {known}")
+            raise DataError(f"{key}: {item.name}: expected a file of kind {known}")
     return inputs
 
 
@@ -199,7 +199,10 @@ SplitOf = Callable[[bytes], "str | None"]  # digest of a document -> train, val,
 
 
 class Reader:
-    """The documents of some inputs, in order, from a cursor on. What is left out is counted."""
+    """The documents of some inputs, in order, from a cursor on. What is left out is counted.
+
+    A subclass that overrides `of_row` makes something else than documents of the rows.
+    """
 
     def __init__(
         self,
@@ -211,6 +214,7 @@ class Reader:
     ) -> None:
         self.cfg, self.inputs, self.split_of, self.cursor, self.left = cfg, inputs, split_of, cursor, limit
         self.counts: Counter[str] = Counter()
+        self.columns: list[str] | None = [cfg.text_key]  # of a parquet file; None: all
         self._state: Any = None  # behind the last row: of a streamed data set its own, of plain lines the byte
         self._position: Callable[[], int] = lambda: 0
 
@@ -225,7 +229,7 @@ class Reader:
                         raw = next(rows, None)
                         if raw is None or self.left <= 0:
                             break
-                        yield from self._document(raw, [number, row, self._state])
+                        yield from self.of_row(raw, [number, row, self._state])
                     except DataError:
                         raise
                     except (BadRow, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
@@ -243,7 +247,7 @@ class Reader:
             with open(item.path, "rb") as file:
                 self._position = file.tell
                 if _kind(item.path) == ".parquet":
-                    yield from _parquet_rows(file, self.cfg.text_key, skip)
+                    yield from _parquet_rows(file, self.columns, skip)
                 else:
                     yield from self._line_rows(file, item.path, skip, state)
 
@@ -271,7 +275,7 @@ class Reader:
         except Exception as error:  # reading over the network fails in as many ways as loading does
             raise DataError(f"{item.name}: reading failed ({type(error).__name__}: {error!s:.300})") from None
 
-    def _document(self, raw: Any, cursor: list[Any]) -> Iterator[Piece]:
+    def of_row(self, raw: Any, cursor: list[Any]) -> Iterator[Any]:
         if isinstance(raw, bytes) and not raw.strip():
             return
         # A large file is read twice: which split it belongs to has to be known before its first token is written.
@@ -325,24 +329,29 @@ def _lines(file: BinaryIO, path: Path) -> Iterable[bytes]:
     return file
 
 
-def _parquet_rows(file: BinaryIO, key: str, skip: int) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: BinaryIO, columns: list[str] | None, skip: int) -> Iterator[dict[str, Any]]:
     from pyarrow import parquet
 
     table = parquet.ParquetFile(file)
-    if key not in table.schema_arrow.names:
-        raise BadRow(f"expected a column {key!r}, got {', '.join(table.schema_arrow.names)}")
-    for batch in table.iter_batches(batch_size=1024, columns=[key]):
-        for value in batch.column(0)[skip:] if skip < len(batch) else ():
-            yield {key: value.as_py()}
+    names = table.schema_arrow.names
+    if missing := [name for name in columns or () if name not in names]:
+        raise BadRow(f"expected a column {missing[0]!r}, got {', '.join(names)}")
+    for batch in table.iter_batches(batch_size=1024, columns=columns):
+        yield from batch.slice(min(skip, len(batch))).to_pylist()
         skip = max(0, skip - len(batch))
 
 
-def _text(raw: Any, cfg: DataConfig) -> str:
-    """The text of a row, refused where a lenient reader would guess."""
+def json_object(raw: Any) -> dict[str, Any]:
+    """A line of JSON, or what a parquet file or a data set has as a row; refused where a lenient reader would guess."""
     if isinstance(raw, bytes):
         raw = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     if not isinstance(raw, dict):
         raise BadRow(f"expected a JSON object, got {_type(raw)}")
+    return raw
+
+
+def _text(raw: Any, cfg: DataConfig) -> str:
+    raw = json_object(raw)
     if cfg.text_key not in raw:
         raise BadRow(f"expected a key {cfg.text_key!r}, got {', '.join(map(repr, raw)) or 'none'}"[:200])
     if not isinstance(raw[cfg.text_key], str):

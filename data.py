@@ -95,7 +95,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(*parts: int | str) -> int:
+def key_of(*parts: int | str) -> int:
     """63 bits, so that adding a small number stays within 64."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
@@ -126,7 +126,7 @@ class Mixture:
         for block in np.unique(rows // self.block).tolist():
             before, after = self._before(block), self._before(block + 1)
             hand = np.repeat(np.arange(len(before)), np.subtract(after, before))
-            hand = hand[shuffled(np.arange(self.block), self.block, _key(self.seed, "mixture", block))]
+            hand = hand[shuffled(np.arange(self.block), self.block, key_of(self.seed, "mixture", block))]
             order = np.empty_like(hand)
             for which, first in enumerate(before):
                 order[hand == which] = np.arange(first, first + np.count_nonzero(hand == which))
@@ -171,7 +171,7 @@ class PretrainBatches:
 
     def sha(self, step: int) -> str:
         """Hash of the token ids of the global batch."""
-        return _sha(self._global(step))
+        return sha_of(self._global(step))
 
     def _global(self, step: int) -> np.ndarray:
         """[B, T + 1], kept until another step is asked for: a single rank needs them for its batch and for the hash."""
@@ -191,13 +191,13 @@ class PretrainBatches:
             count = self.windows[which]
             for epoch in np.unique(nth[source == which] // count).tolist():
                 at = np.flatnonzero((source == which) & (nth // count == epoch))
-                windows = shuffled(nth[at] % count, count, _key(self.seed, which, epoch))
+                windows = shuffled(nth[at] % count, count, key_of(self.seed, which, epoch))
                 for row, window in zip(at.tolist(), windows.tolist(), strict=True):
                     out[row] = self.shards[which].window(window * self.seq_len, self.seq_len + 1)
         return out
 
 
-def _sha(windows: np.ndarray) -> str:
+def sha_of(windows: np.ndarray) -> str:
     return hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
@@ -243,7 +243,7 @@ class _Stream:
     def _read(self, epoch: int, cursor: list[Any]) -> Iterator[tuple[int, list[Any], np.ndarray]]:
         """Documents without end, with the epoch and the cursor before each. Files come in another order each epoch."""
         while True:
-            order = shuffled(np.arange(len(self.inputs)), len(self.inputs), _key(*self.key, epoch))
+            order = shuffled(np.arange(len(self.inputs)), len(self.inputs), key_of(*self.key, epoch))
             reader = Reader(self.cfg, [self.inputs[i] for i in order], self.split_of, cursor)
             found, parts = cursor != [0, 0, None], []
             for piece in reader:
@@ -284,7 +284,7 @@ class StreamBatches:
         return _batch(self._global(step)[first:last], self.tokenizer.eos_id, self.cfg.isolate_documents)
 
     def sha(self, step: int) -> str:
-        return _sha(self._global(step))
+        return sha_of(self._global(step))
 
     def epoch(self, step: int) -> float:
         """Of the source that is furthest. Within an epoch the share is not known: whole epochs only."""

@@ -635,6 +635,7 @@ class GPT(nn.Module):
         attn_mask: Tensor | MaskRule | None = None,
         allow_future: bool = False,
         length: int | None = None,
+        at: Tensor | None = None,
     ) -> Output:
         """Run tokens [B, T] and return logits, or with targets [B, T] (already shifted, -100: none) the summed loss.
 
@@ -643,6 +644,7 @@ class GPT(nn.Module):
         attn_mask  who may look at whom, by absolute position: bool or additive, (B, S), (B, 1, 1, S), (B, 1, S, S),
                    or a rule (row, query, key) -> bool. It restricts causality; with allow_future it replaces it
         length     what the rows will grow to, which dynamic rotary scaling looks at; None: the cache's length, or T
+        at         [N] where the flat targets [B * T] are not -100, when that is known: no other logits are computed
         """
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens: expected shape (B, T) with at least one token, got {tuple(tokens.shape)}")
@@ -669,7 +671,7 @@ class GPT(nn.Module):
         if lengths is not None:
             ends = torch.tensor(counts, device=tokens.device)[:, None]
             targets = targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= ends, IGNORE)
-        loss, square = self._summed_loss(hidden, targets)
+        loss, square = self._summed_loss(hidden, targets, at)
         if self.z_loss:
             penalties["z_loss"] = square
         return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats)
@@ -756,12 +758,15 @@ class GPT(nn.Module):
         last = torch.tensor(counts, device=hidden.device) - 1
         return hidden[torch.arange(len(last), device=hidden.device), last.clamp(min=0)][:, None]
 
-    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _summed_loss(self, hidden: Tensor, targets: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, summed squares of log Z); at most LOGITS_PER_CHUNK logits exist at a time."""
         if targets.shape != hidden.shape[:2]:
             raise ValueError(f"targets: expected {tuple(hidden.shape[:2])}, got {tuple(targets.shape)}")
         rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
-        parts = list(zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True))
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        if at is not None:
+            hidden, targets = hidden[at], targets[at]
+        parts = list(zip(hidden.split(rows), targets.split(rows), strict=True))
         if len(parts) == 1 or not torch.is_grad_enabled():
             sums = [self._chunk_loss(*part) for part in parts]
         else:  # the backward makes each chunk's logits once more

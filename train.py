@@ -63,6 +63,7 @@ from runfolder import (
 )
 from tokenizer import Tokenizer, escape_terminal
 
+SECTIONS = ("run", "model", "data", "train")  # of the configuration, which decide what comes out of train.py
 PREEMPTED = 75  # exit code: stopped by a signal, everything saved
 
 
@@ -87,8 +88,10 @@ class LanguageModeling(nn.Module):
         self.model, self.penalties = model, {name: weight for name, weight in penalties.items() if weight}
         model.z_loss = "z_loss" in self.penalties
 
-    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> StepLoss:
-        out = self.model(tokens, targets, documents=documents)
+    def forward(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, at: Tensor | None = None
+    ) -> StepLoss:
+        out = self.model(tokens, targets, documents=documents, at=at)
         extra = [weight * out.penalties[name] for name, weight in self.penalties.items()]
         return StepLoss(sum(extra, out.loss), out.weight, {"loss": out.loss.detach()})
 
@@ -96,9 +99,23 @@ class LanguageModeling(nn.Module):
 # --- how it is minimised ----------------------------------------------------------------------------------------------
 
 
-def micro_batches(batch: Batch, rows: int, device: torch.device) -> list[Batch]:
-    parts = [[None] * len(batch.tokens) if t is None else to_device(t, device).split(rows) for t in batch]
-    return [Batch(*part) for part in zip(*parts, strict=False)]
+class Micro(NamedTuple):
+    """A micro-batch, on the device."""
+
+    tokens: Tensor  # [B, T]
+    targets: Tensor  # [B, T]
+    documents: Tensor | None  # [B, T]
+    at: Tensor | None  # [N] positions with a target, where there are others; found on the host, which knows for free
+
+
+def micro_batches(batch: Batch, rows: int, device: torch.device) -> list[Micro]:
+    micros = []
+    for first in range(0, len(batch.tokens), rows):
+        part = [None if t is None else t[first : first + rows] for t in batch]
+        kept = (part[1] != IGNORE).flatten()
+        at = None if kept.all() else kept.nonzero().squeeze(1)
+        micros.append(Micro(*(None if t is None else to_device(t, device) for t in (*part, at))))
+    return micros
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -115,7 +132,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def train_step(
     objective: nn.Module,
     optimizers: Optimizers,
-    micros: list[Batch],
+    micros: list[Micro],
     world: World,
     *,
     clip: float,
@@ -164,9 +181,10 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
     model.eval()
     losses, counts, sizes = [], 0, 0
     for window in share_of(windows, world):
-        micro = [t if t is None else to_device(t, world.device) for t in window]
+        (micro,) = micro_batches(window, len(window.tokens), world.device)
         with autocast:
-            losses.append(model(micro[0], micro[1], documents=micro[2]).loss.float())
+            out = model(micro.tokens, micro.targets, documents=micro.documents, at=micro.at)
+        losses.append(out.loss.float())
         real = window.targets[window.targets != IGNORE]
         counts, sizes = counts + len(real), sizes + int(bytes_of[real].sum())
     model.train(was_training)
@@ -203,6 +221,8 @@ class Stop:
 
 class WholeModel:
     """What a checkpoint holds of the model: here all of it, as a Hugging Face folder."""
+
+    loaded_by = "AutoModelForCausalLM.from_pretrained loads each"
 
     def tensors(self, model: GPT) -> dict[str, Tensor]:
         return model.state_dict()
@@ -270,8 +290,11 @@ class Progress:
         self.plateau.load(state["plateau"])
 
 
-def fit(trainer: Trainer, source: Path | None = None) -> dict[str, float]:
-    """Train from a checkpoint, or from the start, to the end; returns the last evaluation."""
+def fit(trainer: Trainer, source: Path | None = None, changed: dict[str, Any] | None = None) -> dict[str, float]:
+    """Train from a checkpoint, or from the start, to the end; returns the last evaluation.
+
+    changed: in which keys the run differs from the one that wrote the checkpoint; it is logged
+    """
     cfg, loop, world, model = trainer.cfg, trainer.loop, trainer.world, trainer.model
     optimizers, progress, stop = Optimizers(parameter_groups(model, loop), loop), Progress(loop), Stop()
     resumed = resume(trainer, source, optimizers, progress) if source else None
@@ -280,7 +303,7 @@ def fit(trainer: Trainer, source: Path | None = None) -> dict[str, float]:
     model.train()
     with stop.watching(), log.open():
         if resumed:
-            log.event(**resumed)
+            log.event(**resumed, changed=changed)
         while not progress.over:
             step = progress.step
             rate = lr_at(step, loop, progress.plateau.scale)
@@ -365,9 +388,9 @@ def flat(section: dict[str, Any], path: str = "") -> dict[str, Any]:
     return out
 
 
-def refuse_changes(cfg: Config, old: dict[str, Any]) -> dict[str, list[Any]]:
+def refuse_changes(cfg: Config, old: dict[str, Any], sections: tuple[str, ...]) -> dict[str, list[Any]]:
     """What differs from the run that is continued, as {key: [old, new]}; refused unless allowed by key."""
-    was, now = flat(old), flat(json.loads(json.dumps(asdict(cfg))))
+    was, now = flat(old), flat({name: json.loads(json.dumps(asdict(cfg)))[name] for name in sections})
     changed = {key: [was.get(key), now[key]] for key in now if now[key] != was.get(key) and not HARMLESS.fullmatch(key)}
     refused = [key for key in changed if key not in cfg.run.allow_change or key.startswith("model.")]
     if refused:
@@ -438,7 +461,6 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
     """Put everything back as a checkpoint has it. Returns what is to be logged about it."""
     cfg, model = trainer.cfg, trainer.model
     tensors, state = load_trainer_state(source)
-    changed = refuse_changes(cfg, state["config"])
     for name, old, new in (
         ("tokenizer", state["tokenizer_hash"], trainer.tokenizer.hash),
         ("data", state["data"], trainer.batches.fingerprint),
@@ -464,7 +486,7 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
     if others:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in others.items())
         say(f"warning: {source} was written by other versions: {listed}; figures may differ in their last digits")
-    return {"step": progress.step, "event": "resume", "from": str(source), "changed": changed, "versions": others}
+    return {"step": progress.step, "event": "resume", "from": str(source), "versions": others}
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
@@ -552,17 +574,24 @@ def build(cfg: Config, world: World) -> Trainer:
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def run(cfg: Config, world: World, build: Callable[[Config, World], Trainer], following: str) -> None:
-    """A run in its folder, from the lock to the last line. `following` is the command to try next.
+def run(
+    cfg: Config,
+    world: World,
+    build: Callable[[Config, World], Trainer],
+    sections: tuple[str, ...],
+    following: str,
+) -> None:
+    """A run in its folder, from the lock to the last line. The same command on a complete run changes nothing.
 
-    The same command on a complete run says so and changes nothing.
+    sections   of the configuration that decide what comes out
+    following  the command to try next
     """
-    folder, started = Path(cfg.run.dir), time.perf_counter()
+    folder, started, changed = Path(cfg.run.dir), time.perf_counter(), None
     with lock(folder) if world.is_main else nullcontext():
         source = main_first(world, lambda: starting_point(cfg))
         if source:
             state = read_state(source)
-            changed = refuse_changes(cfg, state["config"])  # before anything is written
+            changed = refuse_changes(cfg, state["config"], sections)  # before anything is written
             if state["over"] and not changed:
                 say(f"{folder} is complete: {state['step']} steps, best validation loss {state['best']['loss']:.4f}")
                 say(f"next: {following}")
@@ -579,7 +608,7 @@ def run(cfg: Config, world: World, build: Callable[[Config, World], Trainer], fo
                 # fp32 weights, and two moments of those that are trained
                 size = sum(p.numel() * (12 if p.requires_grad else 4) for p in trainer.model.parameters())
                 check_disk(folder, size, cfg.run.keep)
-            result = fit(trainer, source)
+            result = fit(trainer, source, changed)
         except SystemExit:  # stopped by a signal, and said so
             raise
         except BaseException as error:
@@ -590,7 +619,7 @@ def run(cfg: Config, world: World, build: Callable[[Config, World], Trainer], fo
             write_status(folder, "done", 0, "")
             seconds = time.perf_counter() - started
             say(f"done in {seconds:.0f} s: {result['bits_per_byte']:.4f} bits per byte of validation text")
-            say(f"wrote {folder}/: metrics.jsonl, samples.jsonl, checkpoints/ (AutoModelForCausalLM loads each)")
+            say(f"wrote {folder}/: metrics.jsonl, samples.jsonl, checkpoints/ ({trainer.store.loaded_by})")
             say(f"next: {following}")
 
 
@@ -599,7 +628,7 @@ def main(argv: list[str]) -> None:
     world = start(cfg.run.device)
     try:
         check(cfg, world.size)
-        run(cfg, world, build, f'python infer.py --ckpt {cfg.run.dir} --prompt "def "')
+        run(cfg, world, build, SECTIONS, f'python infer.py --ckpt {cfg.run.dir} --prompt "def "')
     finally:
         stop(world)
 

@@ -394,3 +394,23 @@ def test_a_cache_in_the_middle_of_training_is_refused():
     model = tiny.model().train()
     with pytest.raises(ValueError, match="inference"):
         model(batch().tokens, cache=KVCache(model.cfg, 16))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_logits_are_computed_only_where_there_is_a_target(share: float):
+    """The slow twin computes all of them and ignores most; loss, gradient and weight are the same."""
+    data = batch()
+    targets = data.targets.masked_fill(torch.rand(data.targets.shape) >= share, IGNORE)
+    (micro,) = train.micro_batches(Batch(data.tokens, targets, None), 16, ALONE.device)
+    assert (micro.at is None) == (int((targets == IGNORE).sum()) == 0)
+    found = []
+    for at in (micro.at, None):
+        model = tiny.model()
+        out = model(micro.tokens, micro.targets, at=at)
+        out.loss.backward()
+        found.append((out.loss.detach(), out.weight, [p.grad for p in model.parameters()]))
+    (loss, weight, ours), (slow_loss, slow_weight, slow) = found
+    assert weight == slow_weight
+    assert torch.allclose(loss, slow_loss, rtol=1e-6)
+    for a, b in zip(ours, slow, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-9

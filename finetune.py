@@ -1,0 +1,129 @@
+"""Supervised fine-tuning: the loop of train.py with other batches, from weights that exist.
+
+    python finetune.py --base_ckpt runs/base                         a run, a Hugging Face folder or a hub id
+    python finetune.py --base_ckpt runs/base --lora.rank 8           adapters instead of all weights
+    python finetune.py --base_ckpt runs/base --show_data             what would be trained on, and what only read
+
+Only assistants' turns are trained, each with the token that ends it. Conversations are packed into rows in which none
+sees another. After the warm-up the rate falls when the validation loss stops falling, and the run ends by `patience`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chat import Audit, ChatBatches, ChatData, chat_windows, prepare_chat
+from checkpoint import hash_weights, load_model, read_adapter, resolve, write_adapter
+from config import Config, ConfigError, FinetuneConfig, check, check_context, load_config, run_script
+from data import show
+from distributed import World, start, stop
+from log import say
+from lora import LoraConfig, apply_lora, lora_state
+from model import GPT
+from tokenizer import Tokenizer
+from train import LanguageModeling, ResumeError, Trainer, WholeModel, assemble, main_first, run, written
+
+SECTIONS = ("run", "finetune", "chat", "lora")  # of the configuration, which decide what comes out
+
+
+class AdapterOnly(WholeModel):
+    """A checkpoint holds what is trained, in PEFT's format, and the name and hash of the base that it belongs to."""
+
+    loaded_by = "PeftModel.from_pretrained loads each"
+
+    def __init__(self, lora: LoraConfig, base: str, base_hash: str):
+        self.lora, self.base, self.base_hash = lora, base, base_hash
+
+    def tensors(self, model: GPT) -> dict[str, Tensor]:
+        return lora_state(model)
+
+    def write(self, trainer: Trainer, tensors: dict[str, Tensor], folder: Path) -> None:
+        write_adapter(trainer.model, self.lora, self.base, trainer.tokenizer, folder, base_hash=self.base_hash,
+                      state=tensors)  # fmt: skip
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        stored = read_adapter(folder)
+        if stored.base_hash != self.base_hash:
+            raise ResumeError(f"{folder}: belongs to base weights {stored.base_hash}, got {self.base} {self.base_hash}")
+        return stored.tensors
+
+
+def load_base(loop: FinetuneConfig) -> tuple[GPT, Tokenizer, str, str]:
+    """(model in fp32, its tokenizer, the folder it came from, the hash of its weights)"""
+    if loop.base_ckpt is None:
+        raise ConfigError("finetune.base_ckpt: expected a run, a Hugging Face folder or a hub id, got nothing")
+    folder = resolve(loop.base_ckpt)
+    model, tokenizer = load_model(folder, dtype=torch.float32)
+    if tokenizer is None:
+        raise ConfigError(f"finetune.base_ckpt: {folder} has no tokenizer")
+    check_context(loop, model.cfg)
+    base_hash = hash_weights(folder)
+    say(f"base       {folder}, weights {base_hash[:16]}")
+    return model, tokenizer, str(folder.resolve()), base_hash
+
+
+def tell(audit: Audit) -> None:
+    for line in str(audit).splitlines():
+        say(f"data       {line}")
+
+
+def answer(data: ChatData) -> Any:
+    """A sampler: what the model answers to the first validation prompt."""
+    example = data.val[0]
+    prompt = list(example.ids[: list(example.mask).index(True)])
+
+    def sample(trainer: Trainer) -> str:
+        ids = prompt[-(trainer.model.cfg.context - 1) :]
+        return written(trainer, ids, sorted(trainer.tokenizer.stop_ids))
+
+    return sample
+
+
+def build(cfg: Config, world: World) -> Trainer:
+    loop = cfg.finetune
+    model, tokenizer, base, base_hash = load_base(loop)
+    data = main_first(world, lambda: prepare_chat(cfg.chat, tokenizer, loop.seq_len))
+    tell(data.audit)
+    batches = ChatBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed, pack=cfg.chat.pack, fill=tokenizer.eos_id)
+    say(f"packing    {len(batches.packed):,} rows of {loop.seq_len}, {100 * batches.padding:.1f}% of them padding")
+    windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
+    torch.manual_seed(cfg.run.seed)
+    apply_lora(model, cfg.lora)
+    objective = LanguageModeling(model.to(world.device), {"z_loss": loop.z_loss})
+    store = AdapterOnly(cfg.lora, base, base_hash) if cfg.lora.rank else WholeModel()
+    return assemble(cfg, loop, world, objective, tokenizer, batches, windows, answer(data), store)
+
+
+def show_data(cfg: Config) -> None:
+    """The first rows that a run would see."""
+    loop = cfg.finetune
+    _, tokenizer, _, _ = load_base(loop)
+    data = prepare_chat(cfg.chat, tokenizer, loop.seq_len)
+    tell(data.audit)
+    batches = ChatBatches(
+        data.train, loop.seq_len, min(2, loop.rows), cfg.run.seed, pack=cfg.chat.pack, fill=tokenizer.eos_id
+    )
+    text = show(batches(0), tokenizer, sys.stdout.isatty())
+    print(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+
+
+def main(argv: list[str]) -> None:
+    cfg = load_config(argv, "finetune")
+    if cfg.finetune.show_data:
+        show_data(cfg)
+        return
+    world = start(cfg.run.device)
+    try:
+        check(cfg, world.size, cfg.finetune)
+        run(cfg, world, build, SECTIONS, f'python infer.py --ckpt {cfg.run.dir} --instruct --prompt "Write a function"')
+    finally:
+        stop(world)
+
+
+if __name__ == "__main__":
+    run_script(main)
