@@ -126,6 +126,7 @@ class Starter:
         out, err = (self.folder / f"{self.count}.{name}" for name in ("out", "err"))
         injected = self.folder / f"{self.count}.py"
         injected.write_text(first)
+        out.touch(), err.touch()
         paths = {"out": str(out), "err": str(err), "first": str(injected)}
         pid = self._ask(arguments=[str(word) for word in arguments], halted=halted, **paths)
         return Started(pid, lambda: self._poll(pid), out, err)
