@@ -147,8 +147,10 @@ class Starter:
 def serve(folder: Path) -> None:
     """Forks for each line that asks for a start, and says how a child ended for each that asks for that."""
     sys.path.insert(0, str(ROOT))
+    import log
     import train
 
+    log.SECONDS = 0.0  # for the measurement of this CPU's peak, at each start; nothing here looks at it
     (folder / "corpus").mkdir()
     with (folder / "first").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         train.main(options(write_corpus(folder / "corpus"), folder / "run", "--train.steps=5"))
@@ -228,11 +230,14 @@ def processes_of(run: Path) -> list[int]:
 # --- what it left -----------------------------------------------------------------------------------------------------
 
 
+def lines(file: Path) -> list[dict]:
+    """Of a JSONL file, in their order; one being written is left out."""
+    return list(map(json.loads, file.read_text().split("\n")[:-1])) if file.exists() else []
+
+
 def rows(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl that are of a training step, in their order; one being written is left out."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [row for row in map(json.loads, lines) if "loss" in row]
+    """The lines of metrics.jsonl that are of a training step."""
+    return [row for row in lines(run / "metrics.jsonl") if "loss" in row]
 
 
 def metrics(run: Path) -> dict[int, dict]:

@@ -38,17 +38,20 @@ def no_warning(text: str) -> None:
     pytest.fail(f"a checkpoint was damaged: {text}")
 
 
+KEPT = ("step", "loss", "grad_norm", "lr", "targets", "epoch", "cursor", "batch_sha")
+
+
 def assert_same_run(run: Path, reference: Path) -> None:
     """To the bit, at the end and in each line on the way; no step missing, none told twice."""
     assert verify(run) == verify(reference)
-    ours, theirs = rows(run), rows(reference)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert {k: mine[k] for k in KEPT} == {k: other[k] for k in KEPT}
+    told = [[{key: row[key] for key in KEPT} for row in rows(folder)] for folder in (run, reference)]
+    assert told[0] == told[1]
+    evaluated = [
+        [row for row in runs.lines(folder / "metrics.jsonl") if "val/loss" in row] for folder in (run, reference)
+    ]
+    assert evaluated[0] == evaluated[1]
+    assert (run / "samples.jsonl").read_text() == (reference / "samples.jsonl").read_text()
     assert not runs.leftovers(run)
-
-
-KEPT = ("step", "loss", "grad_norm", "lr", "targets", "epoch", "cursor", "batch_sha")
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +183,26 @@ needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs stra
 SAVE_CALLS = ("openat", "fsync", "rename", "unlink", "unlinkat", "mkdir", "rmdir", "chmod")
 
 
-def traced(starter: Starter, arguments: list[str], log: Path, *flags: str) -> tuple[Started, subprocess.Popen]:
-    """A run under strace from its first system call on; all that came before, the imports, is not counted."""
-    started = starter.start(*arguments, halted=True)
+# The process sends itself a signal after so many backward passes.
+SIGNAL_AT = """
+import os, signal, torch
+seen, backward = 0, torch.Tensor.backward
+def counted(self, *arguments, **more):
+    global seen
+    backward(self, *arguments, **more)
+    seen += 1
+    if seen == {micro}:
+        os.kill(os.getpid(), signal.{signal})
+torch.Tensor.backward = counted
+"""
+MICROS = 2  # micro-batches, and so backward passes, of a step
+
+
+def traced(starter: Starter, arguments: list[str], log: Path, *flags: str, micro: int = 0) -> tuple[Started, list[str]]:
+    """(ended run, its system calls) under strace, from its first call on or from a certain backward pass."""
+    how = {"first": SIGNAL_AT.format(micro=micro, signal="SIGSTOP")} if micro else {"halted": True}
+    started = starter.start(*arguments, **how)
+    assert started.until(lambda: "State:\tT" in Path(f"/proc/{started.pid}/status").read_text())
     command = ["strace", "-f", "-y", "-s", "400", "-o", str(log), "-p", str(started.pid), *flags]
     strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     if "attached" not in (said := strace.stderr.readline()):
@@ -190,35 +210,30 @@ def traced(starter: Starter, arguments: list[str], log: Path, *flags: str) -> tu
         strace.communicate()
         pytest.skip(f"strace may not look at other processes here: {said.strip()}")
     started.signal(signal.SIGCONT)
-    return started, strace
-
-
-def trace(starter: Starter, arguments: list[str], log: Path, *flags: str) -> tuple[Started, list[str]]:
-    """(ended run, its system calls): one thread's are in order."""
-    started, strace = traced(starter, arguments, log, *flags)
     started.wait()
     strace.communicate(timeout=runs.PATIENCE)
     return started, log.read_text().splitlines()
 
 
-def save_points(lines: list[str], step: int) -> dict[str, range]:
-    """For each kind of call its numbers, counted from 1, between the begin of the save of a step and its CKPT line."""
+def save_points(lines: list[str], step: int) -> list[tuple[str, int]]:
+    """(kind of call, its number from 1) of each between the begin of the save of a step and its CKPT line."""
     counts: Counter[str] = Counter()
-    begin = None
+    points: list[tuple[str, int]] = []
+    saving = False
     for line in lines:
-        name = re.match(r"\d+\s+(\w+)\(", line)
-        if not name:
+        if not (name := re.match(r"\d+\s+(\w+)\(", line)):
             continue
-        if name[1] == "mkdir" and "/.tmp-" in line:
-            begin = counts.copy()
         if name[1] == "write" and f"CKPT step={step} " in line:
-            return {call: range(begin[call] + 1, counts[call] + 1) for call in SAVE_CALLS}
+            return points
         counts[name[1]] += 1
+        saving |= name[1] == "mkdir" and "/.tmp-" in line
+        if saving and name[1] in SAVE_CALLS:
+            points.append((name[1], counts[name[1]]))
     raise AssertionError(f"no save of step {step}")
 
 
 @needs_strace
-@pytest.mark.parametrize("stride", [16, pytest.param(1, marks=slow)])
+@pytest.mark.parametrize("stride", [24, pytest.param(1, marks=slow)])
 def test_a3_killed_at_each_system_call_of_a_save(
     starter: Starter, corpus: Path, reference: Path, halfway: Path, tmp_path: Path, stride: int
 ):
@@ -226,19 +241,19 @@ def test_a3_killed_at_each_system_call_of_a_save(
 
     Whatever k: the next start goes on by itself, ends with the bits of the undisturbed run, and leaves no rubbish.
     """
-    run = tmp_path / "run"  # the same place each time, since the run folder is part of the configuration
-    shutil.copytree(halfway, run)
-    _, lines = trace(starter, options(corpus, run), tmp_path / "log", "-e", f"trace={','.join(SAVE_CALLS)},write")
-    points = [(call, k) for call, numbers in save_points(lines, 16).items() for k in numbers]
+    run, micro = shutil.copytree(halfway, tmp_path / "run"), (16 - 12) * MICROS
+    calls = ",".join(SAVE_CALLS)
+    _, lines = traced(starter, options(corpus, run), tmp_path / "log", "-e", f"trace={calls},write", micro=micro)
+    points = save_points(lines, 16)
     assert len(points) >= 40, points
     for call, k in points[::stride]:
         shutil.rmtree(run)
         shutil.copytree(halfway, run)
         inject = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={k}")
-        killed, _ = trace(starter, options(corpus, run), tmp_path / "log", *inject)
+        killed, _ = traced(starter, options(corpus, run), tmp_path / "log", *inject, micro=micro)
         assert killed.wait() == -signal.SIGKILL, (call, k)
         assert verify(newest_valid(run, no_warning)), (call, k)
-        assert steps(run)[-1] in (12, 16), (call, k)
+        assert steps(run)[-1] in (14, 16), (call, k)  # 14 had the best evaluation
         starter.run(*options(corpus, run))
         assert_same_run(run, reference)
 
@@ -258,7 +273,7 @@ def test_a4_b7_synced_then_renamed_then_told_then_deleted(
     run, log = tmp_path / "run", tmp_path / "log"
     more = ("--run.save_every=1", f"--run.keep={keep}")
     calls = "trace=openat,write,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir"
-    started, lines = trace(starter, options(corpus, run, *more), log, "-e", calls)
+    started, lines = traced(starter, options(corpus, run, *more), log, "-e", calls)
     assert started.wait() == 0
     published = call_index(lines, r'rename\(".*/\.tmp-\w+", ".*/step-\d+"\) += 0')
     assert len(published) == STEPS
@@ -322,7 +337,7 @@ SLOW_DISK = """
 import os, time
 fsync = os.fsync
 def slow(descriptor):
-    time.sleep(0.2)
+    time.sleep(0.1)
     fsync(descriptor)
 os.fsync = slow
 """
@@ -332,16 +347,19 @@ def saving(run: Path) -> bool:
     return any((run / "checkpoints").glob(".tmp-*"))
 
 
-def test_a7_a_second_sigterm_does_not_break_off_the_save(
-    starter: Starter, corpus: Path, halfway: Path, reference: Path, tmp_path: Path
+@pytest.mark.parametrize("until_saved", [True, False])
+def test_a7_more_sigterms_do_not_break_off_the_save(
+    starter: Starter, corpus: Path, halfway: Path, reference: Path, tmp_path: Path, until_saved: bool
 ):
     """Schedulers repeat themselves. On a slow disk a save takes seconds, and each of them may bring another signal."""
     run = shutil.copytree(halfway, tmp_path / "run")
     started = starter.start(*options(corpus, run), first=SLOW_DISK)
     assert started.until(lambda: reached(run) >= 13)
-    while started.poll() is None:
+    started.signal(signal.SIGTERM)
+    assert started.until(lambda: saving(run))
+    while started.poll() is None and not (until_saved and runs.status(run)["status"] == "preempted"):
         started.signal(signal.SIGTERM)
-        time.sleep(0.05)
+        time.sleep(0.02)
     assert started.wait() == 75
     assert int(newest_valid(run, no_warning).name[5:]) == reached(run) > 12
     starter.run(*options(corpus, run))
@@ -360,34 +378,19 @@ def test_a7_a_second_ctrl_c_leaves_at_once(
     time.sleep(0.3)
     began = time.monotonic()
     started.signal(signal.SIGINT)
-    assert started.wait() == 130
+    assert started.until(lambda: runs.status(run)["status"] == "failed")
     assert time.monotonic() - began < 1
+    assert started.wait() == runs.status(run)["code"] == 130
     assert "Traceback" not in started.stderr
     assert newest_valid(run, no_warning) == at(run, 12)
     starter.run(*options(corpus, run))
     assert_same_run(run, reference)
 
 
-# A signal at an exact step: `{micro}` is the number of the forward and backward passes until then.
-SIGNAL_AT = """
-import os, signal, torch
-seen = 0
-backward = torch.Tensor.backward
-def counted(self, *arguments, **more):
-    global seen
-    backward(self, *arguments, **more)
-    seen += 1
-    if seen == {micro}:
-        os.kill(os.getpid(), signal.SIGTERM)
-torch.Tensor.backward = counted
-"""
-MICROS = 2  # micro-batches of a step
-
-
 def stop_after(starter: Starter, run: Path, arguments: list[str], step: int) -> None:
     """Run until the end of exactly this step, and be stopped there."""
     micro = (step - reached(run)) * MICROS
-    started = starter.run(*arguments, first=SIGNAL_AT.format(micro=micro), code=75)
+    started = starter.run(*arguments, first=SIGNAL_AT.format(micro=micro, signal="SIGTERM"), code=75)
     assert f"CKPT step={step} " in started.stdout
     assert reached(run) == step
 
@@ -497,7 +500,7 @@ def test_b1_a_disk_that_fills_up(
     disk = small_disk(int(2.5 * one) + 65_536)
     run = disk / "run"
     arguments = options(corpus, run, "--run.keep=1")
-    started = starter.start(*arguments, first=SLOW_DISK.replace("0.2", "0.01"))
+    started = starter.start(*arguments, first=SLOW_DISK.replace("0.1", "0.01"))
     assert started.until(lambda: "CKPT step=4 " in started.stdout)
     os.kill(started.pid, signal.SIGSTOP)
     free = shutil.disk_usage(disk).free
@@ -540,7 +543,7 @@ def test_b7_deletes_that_fail_do_not_stop_a_run(
     run = tmp_path / "run"
     calls = ",".join(("unlink", "unlinkat", "rmdir"))
     inject = ("-e", f"trace={calls}", "-e", f"inject={calls}:error=EPERM")
-    started, _ = trace(starter, options(corpus, run, f"--run.keep={keep}"), tmp_path / "log", *inject)
+    started, _ = traced(starter, options(corpus, run, f"--run.keep={keep}"), tmp_path / "log", *inject)
     assert started.wait() == 0, started.stderr
     if keep < 5:
         assert re.search(r"warning: .*not (deleted|pruned): Operation not permitted", started.stderr)
@@ -553,7 +556,7 @@ def test_b7_deletes_that_fail_do_not_stop_a_run(
 def go_on_from_8(starter: Starter, corpus: Path, run: Path, reference: Path, named: str) -> None:
     """The checkpoint of step 12 is damaged: one warning that names it, and on from step 8, to the same bits."""
     said = starter.run(*options(corpus, run)).stderr
-    warnings = [line for line in said.splitlines() if line.startswith("warning: damaged")]
+    warnings = [line for line in said.splitlines() if "damaged checkpoint" in line]
     assert len(warnings) == 1, said
     assert named in warnings[0]
     assert "step-00000008" in said
@@ -704,7 +707,7 @@ def test_d8_the_recorded_configuration_is_the_run(starter: Starter, corpus: Path
 
 # --- F: numbers -------------------------------------------------------------------------------------------------------
 
-# The gradient that leaves the norms in the backward of certain micro-batches, numbered from 1, is multiplied.
+# The gradient that leaves the last norm in the backward of certain micro-batches, numbered from 1, is multiplied.
 SPOIL = """
 import torch
 first, last, factor, norms, seen = {first}, {last}, {factor}, {norms}, 0
@@ -712,7 +715,8 @@ def spoil(module, grad_input, grad_output):
     global seen
     if type(module).__name__ == "RMSNorm":
         seen += 1
-        if first <= (seen - 1) // norms + 1 <= last:
+        micro, earlier = divmod(seen - 1, norms)
+        if not earlier and first <= micro + 1 <= last:
             return tuple(None if grad is None else grad * factor for grad in grad_input)
 torch.nn.modules.module.register_module_full_backward_hook(spoil)
 """
@@ -733,7 +737,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("step", "micro"),
-    [(1, 1), pytest.param(6, 2, marks=slow), pytest.param(7, 1, marks=slow), pytest.param(20, 2, marks=slow)],
+    [(7, 1), *(pytest.param(*when, marks=slow) for when in ((1, 1), (6, 2), (20, 2)))],
 )
 def test_f1_f6_a_step_with_a_nan_is_skipped(starter: Starter, corpus: Path, tmp_path: Path, step: int, micro: int):
     """One NaN in one gradient once made all 27 tensors of a model NaN, and both kept checkpoints with it. The update
@@ -770,7 +774,7 @@ def test_f1_a_run_without_finite_gradients_gives_up(starter: Starter, corpus: Pa
         assert all(tensor.isfinite().all() for tensor in tensors_of(at(run, step)).values())
 
 
-@pytest.mark.parametrize("factor", [pytest.param(1e3, marks=slow), 1e6])
+@pytest.mark.parametrize("factor", [1e3, pytest.param(1e6, marks=slow)])
 def test_f4_a_spike_is_clipped(starter: Starter, corpus: Path, tmp_path: Path, factor: float):
     """A poisoned batch: the norm is logged as it was, and the update uses the clipped gradient. That one is read out
     of the optimizer's moments: m' = 0.9 m + 0.1 g."""
@@ -788,7 +792,7 @@ def test_f4_a_spike_is_clipped(starter: Starter, corpus: Path, tmp_path: Path, f
 
 # --- G: ranks ---------------------------------------------------------------------------------------------------------
 
-WRAPS: dict[str, tuple[str, ...]] = {"ddp": ()}
+WRAPS = {"ddp": (), "fsdp": ("--run.parallel=fsdp",)}
 
 
 @pytest.fixture(scope="module", params=sorted(WRAPS))
@@ -1014,7 +1018,7 @@ def test_h2_h3_each_change_is_refused(starter: Starter, corpus: Path, halfway: P
 
 def test_h3_an_allowed_change_is_recorded(starter: Starter, corpus: Path, halfway: Path, tmp_path: Path):
     run = shutil.copytree(halfway, tmp_path / "run")
-    starter.run(*options(corpus, run, "--train.lr=1e-3", "--run.allow_change=[train.lr]"))
+    starter.run(*options(corpus, run, "--train.lr=1e-3", "--run.allow_change=train.lr"))
     assert runs.metrics(run)[12]["lr"] == pytest.approx(3e-3)
     assert runs.metrics(run)[13]["lr"] == pytest.approx(1e-3)
     assert "train.lr" in (run / "metrics.jsonl").read_text(), "the change is an event in the metrics"
@@ -1061,6 +1065,47 @@ def test_i2_a_killed_run_blocks_nobody(starter: Starter, corpus: Path, tmp_path:
     for step in (1, 2, 3):
         assert killed_at(starter, run, step, signal.SIGKILL, options(corpus, run)).wait() == -signal.SIGKILL
     starter.run(*options(corpus, run))
+
+
+def files_of(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_i4_a_fresh_start_over_old_results(
+    starter: Starter, corpus: Path, halfway: Path, reference: Path, tmp_path: Path
+):
+    """Refused, unless it is asked for in so many words; and then nothing of the old run shows in the new one."""
+    run = shutil.copytree(halfway, tmp_path / "run")
+    before = files_of(run)
+    ended = starter.run(*options(corpus, run, "--run.resume=never"), code=2)
+    assert "overwrite" in ended.stderr.splitlines()[-1]
+    assert files_of(run) == before
+    starter.run(*options(corpus, run, "--run.resume=never", "--run.overwrite=true"))
+    assert_same_run(run, reference)
+
+
+MISTAKES = {"no such text": ("--data.train=/nowhere/*.txt", 3), "rows that do not fit": ("--train.batch_tokens=100", 2)}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_i4_nothing_is_deleted_for_a_run_that_cannot_start(
+    starter: Starter, corpus: Path, halfway: Path, tmp_path: Path, mistake: str
+):
+    """Who mistypes the path of the new text should still have the old run."""
+    run = shutil.copytree(halfway, tmp_path / "run")
+    option, code = MISTAKES[mistake]
+    ended = starter.run(*options(corpus, run, "--run.resume=never", "--run.overwrite=true", option), code=code)
+    assert "Traceback" not in ended.stderr
+    assert steps(run) == steps(halfway)
+    assert rows(run) == rows(halfway)
+
+
+def test_a_run_is_wound_back(starter: Starter, corpus: Path, halfway: Path, reference: Path, tmp_path: Path):
+    """To a checkpoint that is named, though newer ones lie there: the steps after it come again, and are told once."""
+    run = shutil.copytree(halfway, tmp_path / "run")
+    said = starter.run(*options(corpus, run, f"--run.resume={at(run, 8)}")).stderr
+    assert f"going on from {at(run, 8)}" in said
+    assert_same_run(run, reference)
 
 
 # --- M: leaks ---------------------------------------------------------------------------------------------------------
