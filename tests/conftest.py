@@ -8,9 +8,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Nothing is downloaded by a test; a library that tries is told no at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from corpora import VOCAB
 
@@ -42,3 +44,24 @@ def quiet_datasets(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty short documents, for tiny runs."""
+    return runs.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[runs.Starter]:
+    starter = runs.Starter(tmp_path_factory.mktemp("starts"))
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="session")
+def reference(corpus: Path, starter: runs.Starter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run, never stopped: what every stopped one has to equal to the bit."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    starter.run(*runs.options(corpus, run))
+    return run

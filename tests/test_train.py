@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from runs import TRAIN, Starter, killed_at, metrics, options, script, torchrun
 from torch import nn
 
 import train
@@ -26,7 +25,6 @@ from distributed import World
 from model import IGNORE, KVCache
 from runfolder import verify
 
-ROOT = Path(__file__).parents[1]
 ALONE = World(0, 0, 1, torch.device("cpu"))
 T = 16
 
@@ -206,50 +204,6 @@ def test_s01_plateau_is_the_rule_of_torch():
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(30):
-        lines = [f"line {i} of document {number}: {'word ' * (i % 7)}" for i in range(40)]
-        (folder / f"{number}.txt").write_text("\n".join(lines))
-    return folder
-
-
-def options(corpus: Path, run: Path, *more: str) -> list[str]:
-    """A tiny run of 20 steps; `more` overrides."""
-    shape = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "dropout": 0.1}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    listed = {f"--model.{key}": value for key, value in shape.items()}
-    listed |= {"--data.tokenizer": "bytes", "--data.train": corpus, "--data.val_fraction": 0.2}
-    listed |= {"--data.cache_dir": corpus.with_name("cache"), "--run.dir": run, "--run.save_every": 4}
-    steps = {"steps": 20, "warmup_steps": 4, "seq_len": 32, "batch_tokens": 256, "micro_batch": 4, "eval_every": 7}
-    steps |= {"eval_tokens": 1024, "log_every": 5, "sample_tokens": 8, "schedule": "plateau", "lr": 3e-3}
-    listed |= {f"--train.{key}": value for key, value in steps.items()}
-    listed |= dict(word.split("=", 1) for word in more)
-    return [f"{key}={value}" for key, value in {"--run.device": "cpu", **listed}.items()]
-
-
-def script(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(env or {})},
-    )
-
-
-def metrics(run: Path) -> dict[int, dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row for row in rows if "loss" in row}
-
-
-@pytest.fixture(scope="module")
-def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "straight"
-    train.main(options(corpus, run))
-    return run
-
-
 def test_a_run_leaves_what_it_says(reference: Path):
     names = {path.name for path in reference.iterdir()}
     assert {"config.yaml", "source.json", "metrics.jsonl", "status.json", "samples.jsonl", "checkpoints"} <= names
@@ -271,23 +225,11 @@ def test_a9_a_finished_run_says_so_and_changes_nothing(corpus: Path, reference: 
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()} == before
 
 
-def killed_at(corpus: Path, run: Path, step: int, number: int, *more: str) -> subprocess.Popen:
-    """Start a run and send a signal as soon as `step` is logged."""
-    command = [sys.executable, str(ROOT / "train.py"), *options(corpus, run, "--train.log_every=1", *more)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith(f"step {step}/"):
-            process.send_signal(number)
-            break
-    process.communicate()
-    return process
-
-
-def test_a2_kill_9_and_go_on_is_bitwise(corpus: Path, reference: Path, tmp_path: Path):
+def test_a2_kill_9_and_go_on_is_bitwise(starter: Starter, corpus: Path, reference: Path, tmp_path: Path):
     """A loss curve does not prove it: trainers that forgot the optimizer or the data position looked as good."""
     run = tmp_path / "killed"
     for step in (3, 9, 14):  # before the first save, between two, and after an evaluation
-        assert killed_at(corpus, run, step, signal.SIGKILL).returncode == -signal.SIGKILL
+        assert killed_at(starter, run, step, signal.SIGKILL, options(corpus, run)).wait() == -signal.SIGKILL
     train.main(options(corpus, run))
     assert verify(run) == verify(reference)
     ours, theirs = metrics(run), metrics(reference)
@@ -296,10 +238,10 @@ def test_a2_kill_9_and_go_on_is_bitwise(corpus: Path, reference: Path, tmp_path:
             assert ours[step][key] == theirs[step][key], (step, key)
 
 
-def test_a6_sigterm_saves_and_leaves_with_75(corpus: Path, reference: Path, tmp_path: Path):
+def test_a6_sigterm_saves_and_leaves_with_75(starter: Starter, corpus: Path, reference: Path, tmp_path: Path):
     run = tmp_path / "stopped"
     started = time.monotonic()
-    assert killed_at(corpus, run, 6, signal.SIGTERM).returncode == 75
+    assert killed_at(starter, run, 6, signal.SIGTERM, options(corpus, run)).wait() == 75
     assert time.monotonic() - started < 60
     assert json.loads((run / "status.json").read_text())["status"] == "preempted"
     train.main(options(corpus, run))
@@ -309,11 +251,12 @@ def test_a6_sigterm_saves_and_leaves_with_75(corpus: Path, reference: Path, tmp_
 @pytest.mark.parametrize(
     "more", [("--train.optimizer=muon",), ("--run.dtype=bfloat16", "--train.checkpoint_activations=true")]
 )
-def test_a2_other_modes_go_on_bitwise(corpus: Path, tmp_path: Path, more: tuple[str, ...]):
+def test_a2_other_modes_go_on_bitwise(starter: Starter, corpus: Path, tmp_path: Path, more: tuple[str, ...]):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train.main(options(corpus, straight, *more))
-    assert killed_at(corpus, stopped, 10, signal.SIGKILL, *more).returncode == -signal.SIGKILL
-    train.main(options(corpus, stopped, *more))
+    arguments = options(corpus, stopped, *more)
+    assert killed_at(starter, stopped, 10, signal.SIGKILL, arguments).wait() == -signal.SIGKILL
+    train.main(arguments)
     assert verify(straight) == verify(stopped)
 
 
@@ -339,7 +282,7 @@ def test_h2_h3_a_continued_run_is_the_same_run(corpus: Path, reference: Path, ca
 
 
 def test_i1_two_runs_in_one_folder(corpus: Path, tmp_path: Path):
-    command = [sys.executable, str(ROOT / "train.py"), *options(corpus, tmp_path / "run", "--train.steps=2000")]
+    command = [*TRAIN, *options(corpus, tmp_path / "run", "--train.steps=2000")]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         for line in first.stderr:
@@ -362,24 +305,13 @@ def test_a_mistake_is_one_line(corpus: Path, tmp_path: Path):
         assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
-RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-
-
 @pytest.mark.slow
 def test_x01_two_ranks_are_one(corpus: Path, tmp_path: Path):
     """Dropout off: each rank draws its own. The same batches, and weights within rounding."""
     more = ("--model.dropout=0.0",)
     train.main(options(corpus, tmp_path / "one", *more))
-    two = options(corpus, tmp_path / "two", *more)
-    command = [
-        sys.executable,
-        *RANKS,
-        f"--master_port={29500 + os.getpid() % 1000}",
-        str(ROOT / "train.py"),
-        *two,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, [line for line in done.stderr.splitlines() if line.startswith("error")]
+    done = torchrun(tmp_path / "output", options(corpus, tmp_path / "two", *more))
+    assert done.wait(120) == 0, [line for line in done.stderr.splitlines() if "error" in line]
     one, both = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for step in one:
         assert one[step]["batch_sha"] == both[step]["batch_sha"]
