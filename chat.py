@@ -335,7 +335,7 @@ def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def to_batch(rows: Sequence[Sequence[Example]], seq_len: int, fill: int) -> Batch:
-    """Rows of conversations as [B, T], each a document of its own; what is left of a row is one too, without targets."""
+    """Rows of conversations as [B, T], each a document of its own, as is what is left of a row: without targets."""
     tokens = np.full((len(rows), seq_len), fill, np.int64)
     targets = np.full((len(rows), seq_len), IGNORE, np.int64)
     documents = np.zeros((len(rows), seq_len), np.int64)

@@ -294,7 +294,7 @@ def _resolve(folder: Path) -> Path:
         steps = sorted(file.parent for file in checkpoint_files(folder))
         if not steps:
             raise CheckpointError(f"{folder}: no checkpoint under {folder / 'checkpoints'}")
-        return steps[-1]
+        return _best_of(steps[-1])
     if (folder / "config.json").is_file() or is_adapter(folder):
         return folder
     if folder.exists():
@@ -302,6 +302,16 @@ def _resolve(folder: Path) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return _download(str(folder))
     raise CheckpointError(f"{folder}: no such folder, and not a hub id (OWNER/NAME)")
+
+
+def _best_of(newest: Path) -> Path:
+    """The checkpoint of the same run with the lowest validation loss, as far as the newest one knows."""
+    try:
+        step = json.loads((newest / "state.json").read_bytes())["best"]["step"]
+        best = newest.with_name(f"step-{step:08d}")
+    except (OSError, ValueError, KeyError, TypeError):  # of another program, or before the first evaluation
+        return newest
+    return best if (best / "manifest.json").is_file() else newest
 
 
 def is_adapter(folder: Path) -> bool:
@@ -907,6 +917,8 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compare = commands.add_parser("parity", help="compare a source with transformers; exit 1 if they differ")
     write = commands.add_parser("export", help="write a folder that transformers loads unchanged")
+    whole = commands.add_parser("verify", help="print the digest of a checkpoint, or of a run's newest, if it is whole")
+    whole.add_argument("source", help="checkpoint or run folder")
     for command in (compare, write):
         command.add_argument("source", help="Hugging Face folder, checkpoint, run folder or hub id")
     compare.add_argument("--device", default="cpu", choices=_devices(), help="default: cpu")
@@ -914,6 +926,11 @@ def main(argv: list[str]) -> int:
     write.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     write.add_argument("--merge", action="store_true", help="an adapter: write the model that it makes of its base")
     args = parser.parse_args(argv)
+    if args.command == "verify":
+        from runfolder import verify  # the one look upwards: there a run's checkpoints are kept
+
+        print(verify(Path(args.source)))
+        return 0
     if args.command == "parity":
         result = parity(args.source, args.device)
         _print_parity(args.source, result)

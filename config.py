@@ -393,7 +393,7 @@ def _resolve(option: str, section: str) -> tuple[tuple[str, ...], Any]:
         for name in path:
             nested = _nested(hint)
             hint = get_type_hints(nested).get(name) if nested else None
-        if hint is not None:
+        if hint is not None and not is_dataclass(hint):  # `--chat` is infer.chat, never the section of that name
             return path, hint
     paths = [path for path, _ in _walk(Config)]
     short = [path[1:] for path in paths if path[0] in (section, "run")]

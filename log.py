@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, LogConfig
+from config import Config, LogConfig, TrainConfig
 from distributed import World
 from model import ModelConfig, flops_per_token
 from runfolder import NonFiniteError, write_atomic
@@ -93,9 +93,9 @@ class Speed(NamedTuple):
         flops = [flops_per_token(model, seq_len, causal=causal) for causal in (True, False)]
         return cls(*flops, peak.flops and peak.flops * devices)
 
-    def metrics(self, tokens_per_s: float) -> dict[str, float | None]:
-        return {"tokens_per_s": tokens_per_s, "mfu": self._share(self.causal * tokens_per_s),
-                "mfu_full": self._share(self.full * tokens_per_s)}  # fmt: skip
+    def metrics(self, positions_per_s: float) -> dict[str, float | None]:
+        """Positions, trained or only read: both are computed."""
+        return {"mfu": self._share(self.causal * positions_per_s), "mfu_full": self._share(self.full * positions_per_s)}
 
     def _share(self, flops_per_s: float) -> float | None:
         return flops_per_s / self.peak if self.peak else None
@@ -136,8 +136,9 @@ class MetricLog:
     all have to see when steps are skipped; the main rank alone writes.
     """
 
-    def __init__(self, cfg: Config, folder: Path, first: int, steps: int, skip_limit: int, speed: Speed, world: World):
-        self.steps, self.skip_limit, self.speed, self.main = steps, skip_limit, speed, world.is_main
+    def __init__(self, cfg: Config, loop: TrainConfig, folder: Path, first: int, speed: Speed, world: World):
+        self.steps, self.skip_limit, self.positions = loop.steps, loop.skip_limit, loop.batch_tokens
+        self.speed, self.main = speed, world.is_main
         self.path = folder / "metrics.jsonl"
         self.waiting: list[dict[str, Any]] = []
         self.skipped, self.done = 0, first
@@ -146,7 +147,7 @@ class MetricLog:
             trim(self.path, first)
             trim(folder / "samples.jsonl", first)
             self.wandb = start_wandb(cfg, folder)
-            self.bar = tqdm(total=steps, initial=first, unit="step", disable=None, file=sys.stderr, leave=False)
+            self.bar = tqdm(total=loop.steps, initial=first, unit="step", disable=None, file=sys.stderr, leave=False)
         self.clock, self.paused = time.perf_counter(), 0.0
 
     def add(self, **entry: Any) -> None:
@@ -160,7 +161,8 @@ class MetricLog:
             return
         rows = [{key: plain(value) for key, value in row.items()} for row in self.waiting]
         seconds = time.perf_counter() - self.clock - self.paused
-        rows[-1] |= self.speed.metrics(sum(row["targets"] for row in rows) / seconds)
+        rows[-1]["tokens_per_s"] = sum(row["targets"] for row in rows) / seconds
+        rows[-1] |= self.speed.metrics(len(rows) * self.positions / seconds)
         self.done = rows[-1]["step"]
         if self.main:
             self._write(rows)

@@ -298,7 +298,7 @@ def fit(trainer: Trainer, source: Path | None = None, changed: dict[str, Any] | 
     cfg, loop, world, model = trainer.cfg, trainer.loop, trainer.world, trainer.model
     optimizers, progress, stop = Optimizers(parameter_groups(model, loop), loop), Progress(loop), Stop()
     resumed = resume(trainer, source, optimizers, progress) if source else None
-    log = MetricLog(cfg, trainer.folder, progress.step, loop.steps, loop.skip_limit, trainer.speed, world)
+    log = MetricLog(cfg, loop, trainer.folder, progress.step, trainer.speed, world)
     early = progress.step + 3  # so that a person soon sees loss, speed and remaining time
     model.train()
     with stop.watching(), log.open():

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,9 @@ def row(step: int, loss: float = 2.0, skipped: float = 0.0) -> dict:
     return figures | {"step": step, "lr": 1e-3, "skipped": torch.tensor(skipped), "batch_sha": "ab"}
 
 
-def metric_log(folder: Path, first: int = 0, cfg: Config | None = None, **changes) -> MetricLog:
-    settings = {"steps": 10, "skip_limit": 2, "speed": SPEED, "world": ALONE} | changes
-    return MetricLog(cfg or config(), folder, first, **settings)
+def metric_log(folder: Path, first: int = 0, cfg: Config | None = None) -> MetricLog:
+    cfg = cfg or config()
+    return MetricLog(cfg, replace(cfg.train, steps=10, skip_limit=2, warmup_steps=0), folder, first, SPEED, ALONE)
 
 
 def rows(folder: Path) -> list[dict]:

@@ -96,9 +96,7 @@ class Killer:
                 self._wait(started)
                 started.signal(signal.SIGKILL)
             code = started.wait()
-            if (
-                before > SAVE_EVERY
-            ):  # of itself; and killed after its last save it is complete
+            if before > SAVE_EVERY:  # of itself; and killed after its last save it is complete
                 assert re.search("going on from|is complete", started.stderr) or code, started.stderr
             if code == 0:
                 return
