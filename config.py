@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
+from chat import ChatConfig
 from corpus import DataConfig
 from model import ModelConfig, Sampling
 
@@ -158,6 +159,7 @@ class Config:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    chat: ChatConfig
     train: TrainConfig
     infer: InferConfig
 
@@ -332,13 +334,15 @@ def _resolve(option: str, section: str) -> tuple[tuple[str, ...], Any]:
     names = tuple(option[2:].split("."))
     if names == ("preset",):
         return names, str
+    found: list[tuple[tuple[str, ...], Any]] = []
     for path in (names, (section, *names), ("run", *names)):
         hint: Any = Config
         for name in path:
             nested = _nested(hint)
             hint = get_type_hints(nested).get(name) if nested else None
-        if hint is not None:
-            return path, hint
+        found += [(path, hint)] if hint is not None else []
+    if found:  # a key before a section: `--chat` is infer.chat, not the section of that name
+        return next((path for path in found if path[1] is not _nested(path[1])), found[0])
     paths = [path for path, _ in _walk(Config)]
     short = [path[1:] for path in paths if path[0] in (section, "run")]
     known = ["--preset", "--help", *("--" + ".".join(path) for path in short + paths)]

@@ -20,7 +20,8 @@ IMPORTS = {
     "distributed": set(),
     "corpus": {"tokenizer"},
     "data": {"corpus", "tokenizer"},
-    "config": {"model", "corpus"},
+    "chat": {"corpus", "data", "tokenizer"},
+    "config": {"model", "corpus", "chat"},
     "checkpoint": {"config", "model", "tokenizer"},
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
     "infer": {"config", "model", "tokenizer", "checkpoint", "distributed"},
@@ -28,7 +29,7 @@ IMPORTS = {
     "bench": {"config", "model", "data", "distributed", "train"},
 }
 # A file may read the configuration when it is itself the program.
-AS_PROGRAM = {("data", "config")}
+AS_PROGRAM = {("data", "config"), ("chat", "config")}
 OPTIONAL = {"datasets", "wandb", "lm_eval", "matplotlib", "transformers", "huggingface_hub", "pyarrow", "zstandard"}
 
 
