@@ -451,13 +451,13 @@ class ChatBatches:
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         if world == 1:
-            return Batch(*(part.clone() for part in self._global(step)))
+            return Batch(*(torch.from_numpy(part.numpy().copy()) for part in self._global(step)))
         return self._rows(step, self.rows * rank // world, self.rows * (rank + 1) // world)
 
     def sha(self, step: int) -> str:
         """Hash of the tokens and targets of the global batch."""
         batch = self._global(step)
-        return token_sha(torch.stack([batch.tokens, batch.targets]).numpy())
+        return token_sha(np.stack([batch.tokens.numpy(), batch.targets.numpy()]))
 
     def epoch(self, step: int) -> float:
         """How often, at the start of `step`, as many rows have come as there are."""
@@ -469,12 +469,13 @@ class ChatBatches:
         return self._kept[1]
 
     def _rows(self, step: int, first: int, last: int) -> Batch:
+        epochs, places = np.divmod(np.arange(step * self.rows + first, step * self.rows + last), len(self.slots))
         found = []
-        for number in range(step * self.rows + first, step * self.rows + last):
-            epoch, nth = divmod(number, len(self.slots))
-            row = int(shuffled(np.array([nth]), len(self.slots), random_key(self.seed, "rows", epoch))[0])
+        for epoch in np.unique(epochs).tolist():  # most often one; two where an epoch ends within the batch
+            here = places[epochs == epoch]
             order = self._by_length(epoch)
-            found.append([self.examples[order[slot]] for slot in self.slots[row]])
+            for row in shuffled(here, len(self.slots), random_key(self.seed, "rows", epoch)).tolist():
+                found.append([self.examples[order[slot]] for slot in self.slots[row]])
         return _batch(found, self.seq_len)
 
     def _by_length(self, epoch: int) -> np.ndarray:
