@@ -1,44 +1,65 @@
-"""Conversations to batches: rows of any of four shapes -> messages -> ids and what is trained of them -> packed rows.
+"""Conversations to batches for supervised fine-tuning: what an assistant has to write is learned, the rest is read.
 
-A row is {"messages": [{"role", "content"}]}, {"instruction", "input", "output"}, {"prompt", "response"} or ShareGPT's
-{"conversations": [{"from", "value"}]}. `builtin:docstrings` are pairs from the standard library of the running Python:
-what a function promises, and the function. Only what an assistant writes is trained, with the token that ends its turn.
+    python chat.py                                   what a configuration names, counted
+    python chat.py show --chat.train=mine.jsonl      and the first batch, trained and masked tokens told apart
 
-Letters in shapes: B rows, T tokens of a row (seq_len).
+A source is builtin:docstrings (instruction -> function, from the standard library of the running Python), or rows of
+.jsonl .jsonl.gz .jsonl.zst .parquet or a Hugging Face data set, each of which has one of these shapes:
+
+    {"messages": [{"role": "system" | "user" | "assistant", "content": TEXT}, ...]}
+    {"conversations": [{"from": "system" | "human" | "gpt", "value": TEXT}, ...]}
+    {"instruction": TEXT, "input": TEXT or absent, "output": TEXT}
+    {"prompt": TEXT, "response": TEXT}
+
+Letters in shapes: B rows, T tokens of a row (seq_len), N tokens of a conversation.
 """
 
 from __future__ import annotations
 
 import ast
-import bisect
 import hashlib
-import json
+import math
+import sys
+import textwrap
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from corpus import BadRow, DataConfig, Input, Reader, expand, json_object, python_files
-from data import IGNORE, Batch, key_of, sha_of, shuffled
-from tokenizer import DataError, Tokenizer, render_chat
+from corpus import (
+    ROW_FILES,
+    BadRow,
+    DataConfig,
+    Input,
+    RowReader,
+    essence,
+    expand,
+    listed,
+    prepare,
+    python_files,
+    row_object,
+    split_by_hash,
+    type_name,
+    weighted,
+)
+from data import IGNORE, Batch, random_key, show, shuffled, token_sha
+from tokenizer import DataError, Tokenizer, Turn, chat_turns, joined, load_tokenizer
 
-BUILTIN = "builtin:docstrings"
-LISTED = 5  # offending rows that the audit names
-LONGEST_ANSWER, LONGEST_PROMISE = 400, 200  # characters of a built-in pair: what a small model can learn
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-
-Messages = list[dict[str, str]]
+DOCSTRINGS = "builtin:docstrings"
+SHAPES = "messages, conversations, instruction and output, or prompt and response"
+SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+PLACES = 5  # rows that are named of those left out for one reason
+SHORT = 400  # characters of an instruction, and of a function, in the built-in set: what a tiny model can learn
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    train: tuple[str, ...] = (BUILTIN,)
+    train: tuple[str, ...] = (DOCSTRINGS,)
     val: tuple[str, ...] = ()
     val_fraction: float = 0.05
     split: str = "train"
@@ -48,201 +69,186 @@ class ChatConfig:
     pack: bool = True
 
     def __post_init__(self) -> None:
-        if not self.train or not all((*self.train, *self.val)):
-            raise ValueError(f"train: expected at least one source and no empty one, got {self.train!r}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction: expected above 0 and below 1, got {self.val_fraction!r}")
-        if self.limit < 0:
-            raise ValueError(f"limit: expected 0 (all rows) or more, got {self.limit!r}")
+        _require(self.train and all(self.train), "train", "at least one source", self.train)
+        _require(all(self.val), "val", "sources", self.val)
+        plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
+        _require(plain is None, "train", "sources without weights", plain)
+        _require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
+        _require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
+
+
+def _require(holds: object, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 # --- rows to messages -------------------------------------------------------------------------------------------------
 
+Message = dict[str, str]  # role and content
 
-def to_messages(row: Mapping[str, Any]) -> Messages:
-    """The messages of a row, whichever of the four shapes it has."""
-    if row.get("messages") is not None:
-        turns = [(_of(turn, "role"), _of(turn, "content")) for turn in _list(row, "messages")]
-    elif row.get("conversations") is not None:
-        turns = [(_of(turn, "from"), _of(turn, "value")) for turn in _list(row, "conversations")]
-    elif "instruction" in row and "output" in row:
-        more = row.get("input") or ""
-        asked = _of(row, "instruction") + ("\n\n" + _of(row, "input") if more else "")
-        turns = [("user", asked), ("assistant", _of(row, "output"))]
-    elif "prompt" in row and "response" in row:
-        turns = [("user", _of(row, "prompt")), ("assistant", _of(row, "response"))]
+
+def conversation(row: Mapping[str, Any]) -> list[Message]:
+    """The messages of a row of any known shape. A table has every column in every row: null is as good as absent."""
+    row = {key: value for key, value in row.items() if value is not None}
+    if "messages" in row:
+        found = _messages("messages", row["messages"], "role", "content", ("system", "user", "assistant"))
+    elif "conversations" in row:
+        found = _messages("conversations", row["conversations"], "from", "value", tuple(SPEAKERS))
+    elif {"instruction", "output"} <= row.keys():
+        request = "\n\n".join(filter(None, (_said(row, "instruction"), _said(row, "input") if "input" in row else "")))
+        found = [{"role": "user", "content": request}, {"role": "assistant", "content": _said(row, "output")}]
+    elif {"prompt", "response"} <= row.keys():
+        answer = {"role": "assistant", "content": _said(row, "response")}
+        found = [{"role": "user", "content": _said(row, "prompt")}, answer]
     else:
-        keys = ", ".join(map(repr, row)) or "none"
-        shapes = "messages; instruction, input and output; prompt and response; or conversations"
-        raise BadRow(f"expected the keys {shapes}; got {keys:.200}")
-    for number, (role, _) in enumerate(turns):
-        if role not in ROLES:
-            raise BadRow(f"turn {number}: expected a role of {', '.join(ROLES)}, got {role!r:.60}")
-    return [{"role": ROLES[role], "content": content} for role, content in turns]
+        raise BadRow(f"expected {SHAPES}, got {listed(row)}")
+    if row.get("system") and found[0]["role"] != "system":
+        return [{"role": "system", "content": _said(row, "system")}, *found]
+    return found
 
 
-def _list(row: Mapping[str, Any], key: str) -> list[Any]:
-    if not isinstance(row[key], list) or not row[key]:
-        raise BadRow(f"{key}: expected a list of turns, got {row[key]!r:.60}")
+def _messages(name: str, turns: Any, role_key: str, text_key: str, roles: Sequence[str]) -> list[Message]:
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"{name}: expected a list of messages, got {type_name(turns) if turns else 'none'}")
+    found = []
+    for number, turn in enumerate(turns):
+        where = f"{name}[{number}]"
+        if not isinstance(turn, dict):
+            raise BadRow(f"{where}: expected an object, got {type_name(turn)}")
+        for key in (role_key, text_key):
+            if key not in turn:
+                raise BadRow(f"{where}: expected {role_key!r} and {text_key!r}, got {listed(turn)}")
+        role = turn[role_key]
+        if role not in roles:
+            raise BadRow(f"{where}.{role_key}: expected {', '.join(roles)}, got {role!r:.60}")
+        found.append({"role": SPEAKERS[role], "content": _said(turn, text_key, f"{where}.")})
+    return found
+
+
+def _said(row: Mapping[str, Any], key: str, where: str = "") -> str:
+    if not isinstance(row[key], str):
+        raise BadRow(f"{where}{key}: expected text, got {type_name(row[key])}")
     return row[key]
 
 
-def _of(row: Any, key: str) -> str:
-    if not isinstance(row, Mapping) or not isinstance(row.get(key), str):
-        got = row.get(key) if isinstance(row, Mapping) else row
-        raise BadRow(f"{key}: expected text, got {got!r:.60}")
-    return row[key]
+class ChatReader(RowReader):
+    """Conversations, each with its place as file:line. What is no conversation is told to the audit."""
 
+    def __init__(self, cfg: DataConfig, inputs: Sequence[Input], audit: Audit) -> None:
+        super().__init__(cfg, inputs)
+        self.audit = audit
 
-class Conversation(NamedTuple):
-    messages: Messages
-    where: str  # file:line
+    def leave_out(self, reason: str, where: str) -> None:
+        self.audit.rows += 1
+        self.audit.leave_out(reason, where)
 
-
-class ConversationReader(Reader):
-    """The conversations of files and data sets. A row that is none is an error at its line, or counted."""
-
-    def __init__(self, cfg: ChatConfig, inputs: Sequence[Input]) -> None:
-        super().__init__(DataConfig(split=cfg.split, on_error=cfg.on_error), inputs, lambda digest: None)
-        self.columns = None
-
-    def of_row(self, raw: Any, cursor: list[Any]) -> Iterator[Conversation]:
+    def items(self, raw: Any, cursor: list[Any]) -> Iterator[tuple[str, list[Message]]]:
         if isinstance(raw, Path):
-            raise BadRow("expected rows (.jsonl, .parquet or a data set), got a text file")
-        if not isinstance(raw, bytes) or raw.strip():
-            number, row, _ = cursor
-            yield Conversation(to_messages(json_object(raw)), f"{self.inputs[number].name}:{row}")
-
-
-def conversations(cfg: ChatConfig, sources: Iterable[str], key: str, counts: Counter[str]) -> Iterator[Conversation]:
-    for source in sources:
-        if source == BUILTIN:
-            yield from docstring_pairs()
-            continue
-        reader = ConversationReader(cfg, expand([source], key, section="chat"))
-        yield from reader
-        counts.update(reader.counts)
+            raise DataError(f"{raw}: expected rows ({', '.join(ROW_FILES)}), got a text file")
+        yield f"{self.inputs[cursor[0]].name}:{cursor[1]}", conversation(row_object(raw))
 
 
 # --- the built-in set -------------------------------------------------------------------------------------------------
 
 
-@lru_cache
-def docstring_pairs() -> list[Conversation]:
-    """Functions of the standard library that say what they do, and their code without the saying; shortest first."""
-    found = [
-        pair for path in python_files() if not {"test", "tests", "idlelib"} & {*path.parts} for pair in _pairs(path)
-    ]
-    unique = {pair.messages[0]["content"]: pair for pair in reversed(found)}  # the first of those that ask the same
-    return sorted(unique.values(), key=lambda pair: (len(pair.messages[1]["content"]), pair.messages[0]["content"]))
+def docstring_pairs(source: str) -> Iterator[tuple[int, str, str]]:
+    """(line, instruction, function without its docstring) of the short functions of a module that say what they do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the parser, about escapes in other people's strings
+        tree = ast.parse(source)
+    lines = source.split("\n")
+    for node in _functions(tree):
+        if not ast.get_docstring(node):
+            continue
+        text, *body = node.body
+        if not body or text.lineno == node.lineno or body[0].lineno <= text.end_lineno:
+            continue  # nothing to write, or not on lines of its own
+        code = "\n".join(lines[node.lineno - 1 : text.lineno - 1] + lines[text.end_lineno : node.end_lineno])
+        code = textwrap.dedent(code)
+        first, _, rest = code.partition("\n")
+        what = "asynchronous Python function" if isinstance(node, ast.AsyncFunctionDef) else "Python function"
+        about = ast.get_docstring(node).partition("\n\n")[0]
+        request = f"Write the {what} `{node.name}({ast.unparse(node.args)})`.\n\n{about}"
+        answer = f"{first}\n{rest.strip(chr(10))}"
+        if len(request) <= SHORT and len(answer) <= SHORT:
+            yield node.lineno, request, answer
 
 
-def _pairs(path: Path) -> Iterator[Conversation]:
-    try:
-        source = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old sources have escapes that new Pythons warn of
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, OSError):  # broken on purpose: for tests of tools
-        return
-    lines = source.splitlines()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (promise := ast.get_docstring(node)):
-            promise = " ".join(promise.split("\n\n")[0].split())
-            indent = " " * node.col_offset
-            head = lines[node.lineno - 1 : node.body[0].lineno - 1]
-            body = lines[node.body[1].lineno - 1 : node.end_lineno]
-            code = "\n".join(line.removeprefix(indent).rstrip() for line in head + body)
-            if head and len(code) <= LONGEST_ANSWER and len(promise) <= LONGEST_PROMISE:
-                asked = f"Write the Python function {node.name}. {promise}"
-                messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": code}]
-                yield Conversation(messages, f"{path}:{node.lineno}")
+def _functions(node: Any) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Those among the statements below a node; without its expressions, where most of a tree is."""
+    for name in ("body", "orelse", "handlers", "finalbody"):
+        for child in getattr(node, name, ()):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield child
+            yield from _functions(child)
 
 
-# --- messages to ids --------------------------------------------------------------------------------------------------
+def _docstring_rows(audit: Audit) -> Iterator[tuple[str, list[Message]]]:
+    seen: set[tuple[str, str]] = set()
+    for path in python_files():
+        if {"test", "tests", "idle_test", "lib2to3"} & set(path.parts):
+            continue
+        try:
+            pairs = sorted(docstring_pairs(path.read_text("utf-8")))
+        except (SyntaxError, ValueError, RecursionError):  # there on purpose, or for another Python
+            audit.leave_out("unreadable files", str(path))
+            continue
+        for line, request, answer in pairs:
+            if (request, answer) not in seen:
+                seen.add((request, answer))
+                yield f"{path}:{line}", conversation({"prompt": request, "response": answer})
+
+
+# --- messages to examples ---------------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
-    """A conversation as it is trained on, up to its last trained token."""
+    """A conversation up to the last token that is learned."""
 
-    ids: np.ndarray  # int32 [n]
-    mask: np.ndarray  # bool [n]: what an assistant has to write
-    where: str
+    ids: np.ndarray  # int32 [N]
+    mask: np.ndarray  # bool [N], true on what an assistant has to write: its content and <|im_end|>, in every turn
+    where: str  # file:line
+
+
+@dataclass
+class Audit:
+    """What became of the rows."""
+
+    rows: int = 0
+    train: int = 0
+    val: int = 0
+    truncated: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+    places: dict[str, list[str]] = field(default_factory=dict)  # the first ones as file:line, also of truncated rows
+    tokens: int = 0
+    supervised: int = 0  # of the tokens
+    padding: float = 0.0  # share of the positions of a training epoch
 
     @property
-    def positions(self) -> int:
-        """Of a row: the last token is a target and no input."""
-        return len(self.ids) - 1
+    def kept(self) -> int:
+        return self.train + self.val
 
+    def leave_out(self, reason: str, where: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.name(reason, where)
 
-class Dropped(Exception):
-    """Why a conversation cannot be trained on."""
-
-
-def to_example(messages: Messages, tokenizer: Tokenizer, seq_len: int) -> tuple[list[int], list[int], bool]:
-    """(ids, mask, whether something was cut). At most seq_len + 1 ids, since the last one is a target only.
-
-    What is too long loses its oldest exchanges, then the beginning of what is asked; the system message stays, and no
-    answer is ever cut.
-    """
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    rest = messages[len(system) :]
-    while True:
-        ids, mask = trimmed(system + rest, tokenizer)
-        if len(ids) <= seq_len + 1:
-            return ids, mask, len(system + rest) < len(messages)
-        answers = [at for at, m in enumerate(rest) if m["role"] == "assistant"]
-        if len(answers) < 2:
-            break
-        rest = rest[answers[0] + 1 :]
-    while rest[0]["role"] != "assistant":
-        cut = _shortened(system, rest, tokenizer, seq_len)
-        if cut is not None:
-            return *cut, True
-        rest = rest[1:]
-    raise Dropped("answer too long")
-
-
-def _shortened(system: Messages, rest: Messages, tokenizer: Tokenizer, seq_len: int) -> tuple[list, list] | None:
-    """With as few characters as possible off the beginning of the first message; None: not even without all of them."""
-    text = rest[0]["content"]
-
-    def without(count: int) -> tuple[list[int], list[int]]:
-        return trimmed([*system, rest[0] | {"content": text[count:]}, *rest[1:]], tokenizer)
-
-    # One character less can be one token more, so this is a fit, and very nearly the longest.
-    enough = bisect.bisect_left(range(len(text)), True, key=lambda count: len(without(count)[0]) <= seq_len + 1)
-    found = without(enough)
-    return found if len(found[0]) <= seq_len + 1 else None
-
-
-def trimmed(messages: Messages, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids and mask up to the last trained token: nothing is learned from what comes after."""
-    ids, mask = render_chat(messages, tokenizer)
-    end = next((at for at in range(len(mask), 0, -1) if mask[at - 1]), 0)
-    if not end:
-        raise Dropped("no answer")
-    return ids[:end], mask[:end]
-
-
-class Audit(NamedTuple):
-    """What became of the rows. Printed before the first step."""
-
-    counts: Counter[str]
-    trained: int  # tokens
-    tokens: int
-    offending: list[str]  # file:line and why, the first few
+    def name(self, reason: str, where: str) -> None:
+        places = self.places.setdefault(reason, [])
+        if len(places) < PLACES:
+            places.append(where)
 
     def __str__(self) -> str:
-        kept = self.counts["train"] + self.counts["val"]
-        left_out = {name: n for name, n in sorted(self.counts.items()) if name not in ("rows", "train", "val")}
+        share = self.supervised / max(1, self.tokens)
         lines = [
-            f"{self.counts['rows']:,} conversations, {kept:,} kept: {self.counts['train']:,} to train on, "
-            f"{self.counts['val']:,} to validate; {self.trained:,} of {self.tokens:,} tokens are trained"
+            f"rows       {self.rows:,} read, {self.train:,} to train on, {self.val:,} to validate on",
+            f"tokens     {self.tokens:,}, of which {share:.1%} are learned; {self.padding:.1%} of a batch is padding",
         ]
-        if left_out:
-            lines.append(", ".join(f"{n:,} {name}" for name, n in left_out.items()))
-        return "\n".join([*lines, *(f"{where}" for where in self.offending)])
+        for reason, count in {"truncated": self.truncated, **self.dropped}.items():
+            if count:
+                more = ", ..." if count > len(self.places[reason]) else ""
+                what = "" if reason == "truncated" else "dropped, "
+                lines.append(f"{'':<9}  {what}{reason}: {count:,} ({', '.join(self.places[reason])}{more})")
+        return "\n".join(lines)
 
 
 class ChatData(NamedTuple):
@@ -251,152 +257,270 @@ class ChatData(NamedTuple):
     audit: Audit
 
 
+def shortened(turns: list[Turn], size: int, tokenizer: Tokenizer) -> list[Turn] | None:
+    """At most `size` tokens of a conversation that ends in an answer, which stays; so does a system message in front.
+
+    What was said first goes first: of the oldest turn its beginning, then the turn with the answers to it. None where
+    not even the answer and the system message fit.
+    """
+    head = turns[:1] if turns[0].role == "system" else []
+    rest = turns[len(head) :]
+    excess = sum(turn.size for turn in turns) - size
+    while excess > 0 and len(rest) > 1:
+        cut = None if rest[0].learned else _cut(rest[0], excess, tokenizer)
+        if cut:
+            return [*head, cut, *rest[1:]]
+        excess -= rest.pop(0).size
+        while len(rest) > 1 and rest[0].learned:  # an answer without its question teaches to make things up
+            excess -= rest.pop(0).size
+    return [*head, *rest] if excess <= 0 else None
+
+
+def _cut(turn: Turn, excess: int, tokenizer: Tokenizer) -> Turn | None:
+    """A turn without `excess` tokens or a few more at the head of its content; None where nothing would be left."""
+    header = tokenizer.encode(f"{turn.role}\n")
+    content = turn.given[1 + len(header) + excess : -1]
+    while content and tokenizer.decode_bytes(content[:1])[0] & 0xC0 == 0x80:  # in the middle of a character
+        content.pop(0)
+    return turn._replace(given=[turn.given[0], *header, *content, turn.given[-1]]) if content else None
+
+
+def fitted(messages: Sequence[Message], tokenizer: Tokenizer, size: int) -> tuple[list[int], list[int], bool] | str:
+    """(ids, mask, truncated) of a conversation in at most `size` tokens, or why there is none."""
+    turns = chat_turns(messages, tokenizer)
+    while turns and not turns[-1].learned:  # nothing is learned from what nobody answers
+        turns.pop()
+    if not turns:
+        return "no answer"
+    turns[-1] = turns[-1]._replace(gap=[])
+    kept = shortened(turns, size, tokenizer)
+    return "too long an answer" if kept is None else (*joined(kept), kept != turns)
+
+
+def _digest(messages: Sequence[Message]) -> bytes:
+    """Of what was asked, whatever the system message: equal questions are on one side of the split."""
+    asked: list[str] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            break
+        asked += [message["content"]] if message["role"] == "user" else []
+    text = "\n".join(asked) if asked else messages[0]["content"]
+    return hashlib.sha256(essence(text)).digest()[:8]
+
+
+class _Examples:
+    """The examples of some sources, in order; what is left out goes to the audit."""
+
+    def __init__(self, cfg: ChatConfig, tokenizer: Tokenizer, size: int, audit: Audit) -> None:
+        self.cfg, self.tokenizer, self.size, self.audit = cfg, tokenizer, size, audit
+
+    def read(self, sources: Iterable[str], key: str) -> Iterator[tuple[Example, bytes]]:
+        for where, messages in self._conversations(list(sources), key):
+            self.audit.rows += 1
+            if self.cfg.system is not None and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": self.cfg.system}, *messages]
+            found = fitted(messages, self.tokenizer, self.size)
+            if isinstance(found, str):
+                self.audit.leave_out(found, where)
+                continue
+            ids, mask, truncated = found
+            self.audit.truncated += truncated
+            if truncated:
+                self.audit.name("truncated", where)
+            yield Example(np.array(ids, "<i4"), np.array(mask, bool), where), _digest(messages)
+
+    def _conversations(self, sources: list[str], key: str) -> Iterator[tuple[str, list[Message]]]:
+        if DOCSTRINGS in sources:
+            yield from _docstring_rows(self.audit)
+            sources = [source for source in sources if source != DOCSTRINGS]
+        inputs = expand(sources, key)
+        if inputs:
+            cfg = DataConfig(train=tuple(sources), split=self.cfg.split, on_error=self.cfg.on_error)
+            yield from ChatReader(cfg, inputs, self.audit)
+
+
 def prepare_chat(cfg: ChatConfig, tokenizer: Tokenizer, seq_len: int) -> ChatData:
-    """Read, render, cut, split and count. Rows that ask the same are never in both splits."""
-    counts: Counter[str] = Counter()
-    offending: list[str] = []
-    held_out: set[bytes] = set()
-    splits: dict[str, list[Example]] = {"train": [], "val": []}
-
-    def take(sources: Iterable[str], key: str, split_of: Callable[[bytes], str | None]) -> None:
-        for messages, where in conversations(cfg, sources, key, counts):
-            if cfg.limit and len(splits["train"]) + len(splits["val"]) >= cfg.limit:
-                break
-            counts["rows"] += 1
-            if cfg.system is not None and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": cfg.system}, *messages]
-            try:
-                ids, mask, cut = to_example(messages, tokenizer, seq_len)
-            except Dropped as reason:
-                counts[f"dropped: {reason}"] += 1
-                offending.append(f"{where}: dropped, {reason}")
-                continue
-            split = split_of(_asked(messages))
-            if split is None:
-                counts["asked in the validation rows too"] += 1
-                continue
-            counts[split] += 1
-            counts["cut to fit"] += cut
-            splits[split].append(Example(np.array(ids, np.int32), np.array(mask, bool), where))
-
-    def held(digest: bytes) -> str:
-        held_out.add(digest)
-        return "val"
-
+    """Reads, renders, shortens and splits conversations, and says what became of each."""
+    audit = Audit()
+    examples = _Examples(cfg, tokenizer, seq_len, audit)
+    train: list[Example] = []
+    val: list[Example] = []
+    asked: set[bytes] = set()
+    for example, digest in examples.read(cfg.val, "chat.val"):
+        val.append(example)
+        asked.add(digest)
     limit = int(cfg.val_fraction * 2**64)
-    take(cfg.val, "val", held)
-    if cfg.val:
-        take(cfg.train, "train", lambda digest: None if digest in held_out else "train")
-    else:
-        take(cfg.train, "train", lambda digest: "val" if int.from_bytes(digest, "little") < limit else "train")
-    audit = Audit(
-        +counts,
-        sum(int(example.mask.sum()) for example in splits["train"]),
-        sum(len(example.ids) for example in splits["train"]),
-        offending[:LISTED] + ([f"... and {len(offending) - LISTED} more"] if len(offending) > LISTED else []),
-    )
-    for split, what in (("train", "to train on"), ("val", "to validate on")):
-        if not splits[split]:
-            wanted = "; give chat.val, a larger chat.val_fraction or more rows" if split == "val" else ""
-            raise DataError(f"chat.{split}: nothing {what} ({' | '.join(str(audit).splitlines())}){wanted}")
-    return ChatData(splits["train"], splits["val"], audit)
+    for example, digest in examples.read(cfg.train, "chat.train"):
+        if digest in asked:
+            audit.leave_out("in the validation set", example.where)
+            continue
+        is_val = not cfg.val and split_by_hash(digest, limit) == "val"
+        (val if is_val else train).append(example)
+        if len(train) + (not cfg.val) * len(val) == cfg.limit:
+            break
+    audit.train, audit.val = len(train), len(val)
+    audit.tokens = sum(len(example.ids) for example in train)
+    audit.supervised = sum(int(example.mask.sum()) for example in train)
+    _refuse_nothing(cfg, audit)
+    audit.padding = ChatBatches(train, seq_len, 1, 0, pack=cfg.pack).padding
+    return ChatData(train, val, audit)
 
 
-def _asked(messages: Messages) -> bytes:
-    """A digest of all that stands before the first answer."""
-    until = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
-    return hashlib.sha256(json.dumps(messages[:until]).encode()).digest()[:8]
+def _refuse_nothing(cfg: ChatConfig, audit: Audit) -> None:
+    said = [f"{count} {reason} ({', '.join(audit.places[reason])})" for reason, count in audit.dropped.items()]
+    what = "; ".join([f"{audit.rows} rows", *said])
+    if not audit.train:
+        raise DataError(f"chat.train: {', '.join(cfg.train)}: nothing to train on ({what})")
+    if not audit.val:
+        where = f"chat.val: {', '.join(cfg.val)}" if cfg.val else f"chat.val_fraction {cfg.val_fraction:g}"
+        raise DataError(f"{where}: nothing to validate on ({what}); give chat.val, a larger share or more rows")
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- examples to batches ----------------------------------------------------------------------------------------------
 
 
-def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of lengths in rows of at most `room` together: the longest first, each where the least is left over."""
+def packed(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+    """Indices of `lengths` in rows of at most seq_len tokens: the longest first, each to where the least room is left.
+
+    "Best fit decreasing" needs at most 11/9 of the fewest rows, and a few (Johnson and others, SIAM J. Comput. 1974).
+    """
     rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = defaultdict(list)  # room that is left -> rows
-    rooms: list[int] = []  # its keys, sorted
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect.bisect_left(rooms, lengths[index])
+    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows that have that much room
+    rooms: list[int] = []  # those of which there are rows, ascending
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        at = bisect_left(rooms, length)
         if at == len(rooms):
-            row, left = len(rows), room
+            room, row = seq_len, len(rows)
             rows.append([])
         else:
-            left = rooms[at]
-            row = with_room[left].pop()
-            if not with_room[left]:
-                del rooms[at]
+            room = rooms[at]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms.pop(at)
         rows[row].append(index)
-        left -= lengths[index]
-        if not with_room[left]:
-            bisect.insort(rooms, left)
-        with_room[left].append(row)
+        if not by_room[room - length]:
+            rooms.insert(bisect_left(rooms, room - length), room - length)
+        by_room[room - length].append(row)
     return rows
 
 
-def to_batch(rows: Sequence[Sequence[Example]], seq_len: int, fill: int) -> Batch:
-    """Rows of conversations as [B, T], each a document of its own, as is what is left of a row: without targets."""
-    tokens = np.full((len(rows), seq_len), fill, np.int64)
+def _batch(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
+    """Conversations side by side; each is a document of its own, and so is what fills up the row."""
+    tokens = np.empty((len(rows), seq_len), np.int64)
     targets = np.full((len(rows), seq_len), IGNORE, np.int64)
-    documents = np.zeros((len(rows), seq_len), np.int64)
+    documents = np.empty((len(rows), seq_len), np.int64)
     for row, examples in enumerate(rows):
-        start = 0
+        at = 0
         for number, example in enumerate(examples):
-            end = start + example.positions
-            tokens[row, start:end] = example.ids[:-1]
-            targets[row, start:end] = np.where(example.mask[1:], example.ids[1:], IGNORE)
-            documents[row, start:end] = number
-            start = end
-        documents[row, start:] = len(examples)
-    return Batch(*map(torch.from_numpy, (tokens, targets, documents)))
+            end = at + len(example.ids)
+            tokens[row, at:end], documents[row, at:end] = example.ids, number
+            targets[row, at : end - 1] = np.where(example.mask[1:], example.ids[1:], IGNORE)
+            at = end
+        tokens[row, at:], documents[row, at:] = examples[-1].ids[-1], len(examples)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
 
 
 class ChatBatches:
-    """The global batch of each step, a pure function of (seed, step), as in `PretrainBatches`.
+    """The global batch of each step, a pure function of (seed, step), as PretrainBatches.
 
-    Conversations are packed into rows once; the rows are permuted anew in each epoch, and each comes once in it.
+    Conversations are packed once, by their lengths. In each epoch those of equal length change places at random, and
+    the rows come in another order, so that any epoch is known without the ones before. Each conversation comes once
+    in an epoch; epochs follow each other without a gap, within a batch if need be.
     """
 
-    def __init__(
-        self, examples: Sequence[Example], seq_len: int, rows: int, seed: int, *, pack: bool = True, fill: int = 0
-    ) -> None:
-        self.examples, self.seq_len, self.rows, self.seed, self.fill = list(examples), seq_len, rows, seed, fill
-        lengths = [example.positions for example in self.examples]
-        self.packed = packed(lengths, seq_len) if pack else [[index] for index in range(len(lengths))]
-        self.padding = 1 - sum(lengths) / (seq_len * len(self.packed))
-        self.steps_per_epoch = -(-len(self.packed) // rows)
-        digest = hashlib.sha256(repr((seq_len, pack)).encode())
-        for example in self.examples:
-            digest.update(example.ids.tobytes() + example.mask.tobytes())
+    def __init__(self, examples: Sequence[Example], seq_len: int, rows: int, seed: int, *, pack: bool = True) -> None:
+        if not examples:
+            raise DataError("chat.train: expected at least one conversation, got none")
+        for example in examples:
+            if len(example.ids) > seq_len or not example.mask[1:].any():
+                what = f"{len(example.ids)} tokens, {example.mask[1:].sum()} of them learned"
+                raise DataError(f"{example.where}: expected at most {seq_len} tokens, and some to learn, got {what}")
+        self.examples, self.seq_len, self.rows, self.seed = examples, seq_len, rows, seed
+        self.lengths = np.array([len(example.ids) for example in examples])
+        ascending = np.sort(self.lengths).tolist()
+        self.slots = packed(ascending, seq_len) if pack else [[index] for index in range(len(ascending))]
+        self.steps_per_epoch = math.ceil(len(self.slots) / rows)
+        self.padding = 1 - sum(ascending) / (len(self.slots) * seq_len)
+        digest = hashlib.sha256(bytes([pack]))
+        for example in examples:
+            digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.mask.tobytes())
         self.fingerprint = digest.hexdigest()[:32]
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._kept: tuple[int, Batch | None] = (-1, None)
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        return self._batch(step, self.rows * rank // world, self.rows * (rank + 1) // world)
+        if world == 1:
+            return Batch(*(torch.from_numpy(part.numpy().copy()) for part in self._global(step)))
+        return self._rows(step, self.rows * rank // world, self.rows * (rank + 1) // world)
 
     def sha(self, step: int) -> str:
-        """Hash of the token ids and targets of the global batch."""
-        batch = self._batch(step, 0, self.rows)
-        return sha_of(np.stack([batch.tokens.numpy(), batch.targets.numpy()]))
+        """Hash of the tokens and targets of the global batch."""
+        batch = self._global(step)
+        return token_sha(np.stack([batch.tokens.numpy(), batch.targets.numpy()]))
 
     def epoch(self, step: int) -> float:
-        return step * self.rows / len(self.packed)
+        """How often, at the start of `step`, as many rows have come as there are."""
+        return step * self.rows / len(self.slots)
 
-    def examples_of(self, step: int) -> list[list[Example]]:
-        """The conversations of each row of the global batch."""
-        nth = np.arange(step * self.rows, (step + 1) * self.rows)
-        count, found = len(self.packed), []
-        for epoch in np.unique(nth // count).tolist():
-            places = nth[nth // count == epoch] % count
-            found += shuffled(places, count, key_of(self.seed, "chat", epoch)).tolist()
-        return [[self.examples[index] for index in self.packed[row]] for row in found]
+    def _global(self, step: int) -> Batch:
+        if self._kept[0] != step:
+            self._kept = step, self._rows(step, 0, self.rows)
+        return self._kept[1]
 
-    def _batch(self, step: int, first: int, last: int) -> Batch:
-        return to_batch(self.examples_of(step)[first:last], self.seq_len, self.fill)
+    def _rows(self, step: int, first: int, last: int) -> Batch:
+        epochs, places = np.divmod(np.arange(step * self.rows + first, step * self.rows + last), len(self.slots))
+        found = []
+        for epoch in np.unique(epochs).tolist():  # most often one; two where an epoch ends within the batch
+            here = places[epochs == epoch]
+            order = self._by_length(epoch)
+            for row in shuffled(here, len(self.slots), random_key(self.seed, "rows", epoch)).tolist():
+                found.append([self.examples[order[slot]] for slot in self.slots[row]])
+        return _batch(found, self.seq_len)
+
+    def _by_length(self, epoch: int) -> np.ndarray:
+        """The examples from short to long, those of equal length in an order of this epoch."""
+        if self._order[0] != epoch:
+            count = len(self.examples)
+            chance = shuffled(np.arange(count), count, random_key(self.seed, "examples", epoch))
+            self._order = epoch, np.lexsort((chance, self.lengths))
+        return self._order[1]
 
 
 def chat_windows(examples: Sequence[Example], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
-    """The rows that every evaluation uses, as batches of at most `rows`."""
-    order = packed([example.positions for example in examples], seq_len)
-    count = min(len(order), max(1, max_tokens // seq_len))
-    chosen = [[examples[i] for i in order[row * len(order) // count]] for row in range(count)]
-    return [to_batch(chosen[first : first + rows], seq_len, 0) for first in range(0, count, rows)]
+    """The rows that every evaluation uses, in batches of at most `rows`: the same for any run, rank or world.
+
+    They are packed, and taken at equal distances from all; `max_tokens` positions are at most.
+    """
+    slots = packed([len(example.ids) for example in examples], seq_len)
+    if not slots:
+        raise DataError("chat.val: nothing to validate on, there are no conversations")
+    count = min(len(slots), max(1, max_tokens // seq_len))
+    chosen = [[examples[index] for index in slots[row * len(slots) // count]] for row in range(count)]
+    return [_batch(chosen[first : first + rows], seq_len) for first in range(0, count, rows)]
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    # As in data.py: as a program this file reads the configuration, which itself is made of our ChatConfig.
+    from config import load_config
+
+    usage = "python chat.py [show] [FILE.yaml] [--preset NAME] [--key=value ...]"
+    wants_sample = argv[:1] == ["show"]
+    cfg = load_config(argv[1:] if wants_sample else argv, "chat", usage=usage)
+    named = cfg.data.tokenizer
+    tokenizer = load_tokenizer(named) if named != "auto" else prepare(cfg.data, cfg.model.vocab_size).tokenizer
+    found = prepare_chat(cfg.chat, tokenizer, cfg.train.seq_len)
+    print(found.audit)
+    if wants_sample:
+        batches = ChatBatches(found.train, cfg.train.seq_len, 2, cfg.run.seed, pack=cfg.chat.pack)
+        text = show(batches(0), tokenizer, sys.stdout.isatty())
+        print(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+
+
+if __name__ == "__main__":
+    from config import run_script
+
+    run_script(main)

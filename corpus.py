@@ -61,16 +61,16 @@ class DataConfig:
     cache_dir: str = ".cache"
 
     def __post_init__(self) -> None:
-        weights = [weight for _, weight in map(_weighted, self.train)]
+        weights = [weight for _, weight in map(weighted, self.train)]
         _require(self.train, "train", "at least one source", "none")
-        _require(all(name for name, _ in map(_weighted, self.train)) and all(self.val), "train", "sources", "''")
+        _require(all(name for name, _ in map(weighted, self.train)) and all(self.val), "train", "sources", "''")
         for source, weight in zip(self.train, weights, strict=True):
             _require(weight is None or 0 < weight < math.inf, "train", "a weight above 0 and finite", source)
         _require(
             len({weight is None for weight in weights}) < 2, "train", "a weight for each source or none", self.train
         )
         _require(len(weights) <= 32 or weights[0] is None, "train", "at most 32 weighted sources", len(weights))
-        plain = next((name for name in self.val if _weighted(name)[1] is not None), None)
+        plain = next((name for name in self.val if weighted(name)[1] is not None), None)
         _require(plain is None, "val", "sources without weights", plain)
         _require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
         _require(self.workers >= 0, "workers", "0 (all cores) or more", self.workers)
@@ -81,7 +81,7 @@ def _require(holds: object, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-def _weighted(source: str) -> tuple[str, float | None]:
+def weighted(source: str) -> tuple[str, float | None]:
     """SOURCE or SOURCE=WEIGHT. A name that itself ends in `=3` takes a weight after it."""
     name, equals, number = source.rpartition("=")
     try:
@@ -110,11 +110,11 @@ def python_files() -> list[Path]:
     return sorted(found)
 
 
-def expand(sources: Iterable[str], key: str, section: str = "data") -> list[Input]:
+def expand(sources: Iterable[str], key: str) -> list[Input]:
     """The files behind sources, each once, in an order that does not depend on the file system."""
     found: dict[str, Input] = {}
     for source in sources:
-        for item in _inputs(source, f"{section}.{key}"):
+        for item in _inputs(source, key):
             found.setdefault(item.name, item)
     return list(found.values())
 
@@ -198,27 +198,32 @@ class BadRow(Exception):
 SplitOf = Callable[[bytes], "str | None"]  # digest of a document -> train, val, or None: left out
 
 
-class Reader:
-    """The documents of some inputs, in order, from a cursor on. What is left out is counted.
+def essence(text: str) -> bytes:
+    """What splits go by: texts that differ in white space or case alone count as the same one."""
+    return text.encode("utf-8", "surrogatepass").translate(LOWER, b" \t\r\n\f\v")
 
-    A subclass that overrides `of_row` makes something else than documents of the rows.
-    """
+
+class RowReader:
+    """The rows of some inputs, in order, from a cursor on; a subclass says what becomes of one. Bad ones count."""
 
     def __init__(
         self,
         cfg: DataConfig,
         inputs: Sequence[Input],
-        split_of: SplitOf,
         cursor: Sequence[Any] = (0, 0, None),
-        limit: float = math.inf,  # characters to read, about
+        column: str | None = None,  # the one that is needed of a table; None: all
     ) -> None:
-        self.cfg, self.inputs, self.split_of, self.cursor, self.left = cfg, inputs, split_of, cursor, limit
+        self.cfg, self.inputs, self.cursor, self.column = cfg, inputs, cursor, column
+        self.left = math.inf  # characters to read, about
         self.counts: Counter[str] = Counter()
-        self.columns: list[str] | None = [cfg.text_key]  # of a parquet file; None: all
         self._state: Any = None  # behind the last row: of a streamed data set its own, of plain lines the byte
         self._position: Callable[[], int] = lambda: 0
 
-    def __iter__(self) -> Iterator[Piece]:
+    def items(self, raw: Any, cursor: list[Any]) -> Iterator[Any]:
+        """What comes of a row: the path of a text file, a line of JSON, or a dictionary."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
         first, row, state = self.cursor
         for number in range(first, len(self.inputs)):
             item = self.inputs[number]
@@ -229,7 +234,8 @@ class Reader:
                         raw = next(rows, None)
                         if raw is None or self.left <= 0:
                             break
-                        yield from self.of_row(raw, [number, row, self._state])
+                        if not isinstance(raw, bytes) or raw.strip():
+                            yield from self.items(raw, [number, row, self._state])
                     except DataError:
                         raise
                     except (BadRow, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
@@ -247,7 +253,7 @@ class Reader:
             with open(item.path, "rb") as file:
                 self._position = file.tell
                 if _kind(item.path) == ".parquet":
-                    yield from _parquet_rows(file, self.columns, skip)
+                    yield from _parquet_rows(file, self.column, skip)
                 else:
                     yield from self._line_rows(file, item.path, skip, state)
 
@@ -275,17 +281,45 @@ class Reader:
         except Exception as error:  # reading over the network fails in as many ways as loading does
             raise DataError(f"{item.name}: reading failed ({type(error).__name__}: {error!s:.300})") from None
 
-    def of_row(self, raw: Any, cursor: list[Any]) -> Iterator[Any]:
-        if isinstance(raw, bytes) and not raw.strip():
+    def leave_out(self, reason: str, where: str) -> None:
+        """Called for each row that is malformed and may be; `where` is file:line."""
+        self.counts[reason] += 1
+
+    def _bad(self, item: Input, row: int, error: Exception) -> None:
+        if item.lenient or self.cfg.on_error == "skip":
+            self.leave_out("unreadable" if item.lenient else "malformed", f"{item.name}:{row}")
             return
+        line = getattr(error, "line", None) or row
+        raise DataError(f"{item.name}:{line}: {_reason(error)}") from None
+
+
+class Reader(RowReader):
+    """The documents of some inputs."""
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        inputs: Sequence[Input],
+        split_of: SplitOf,
+        cursor: Sequence[Any] = (0, 0, None),
+        limit: float = math.inf,
+    ) -> None:
+        super().__init__(cfg, inputs, cursor, cfg.text_key)
+        self.split_of, self.left = split_of, limit
+
+    def _texts(self, raw: Any) -> list[str]:
+        return list(_file_pieces(raw)) if isinstance(raw, Path) else [_text(raw, self.cfg.text_key)]
+
+    def items(self, raw: Any, cursor: list[Any]) -> Iterator[Piece]:
         # A large file is read twice: which split it belongs to has to be known before its first token is written.
         is_large = isinstance(raw, Path) and raw.stat().st_size > PIECE
-        texts = None if is_large else list(_file_pieces(raw)) if isinstance(raw, Path) else [_text(raw, self.cfg)]
+        texts = (
+            None if is_large else list(_file_pieces(raw)) if isinstance(raw, Path) else [_text(raw, self.cfg.text_key)]
+        )
         digest = hashlib.sha256()
         blank = True
         for text in texts or _file_pieces(raw):
-            # Texts that differ in white space or case alone count as the same one.
-            digest.update(text.encode("utf-8", "surrogatepass").translate(LOWER, b" \t\r\n\f\v"))
+            digest.update(essence(text))
             blank = blank and (not text or text.isspace())
             self.left -= len(text)
         split = self.split_of(digest.digest()[:8])
@@ -299,13 +333,6 @@ class Reader:
             held = text
         self.counts[split] += 1
         yield Piece(held, split, True, cursor, self._position())
-
-    def _bad(self, item: Input, row: int, error: Exception) -> None:
-        if item.lenient or self.cfg.on_error == "skip":
-            self.counts["unreadable" if item.lenient else "malformed"] += 1
-            return
-        line = getattr(error, "line", None) or row
-        raise DataError(f"{item.name}:{line}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -329,37 +356,42 @@ def _lines(file: BinaryIO, path: Path) -> Iterable[bytes]:
     return file
 
 
-def _parquet_rows(file: BinaryIO, columns: list[str] | None, skip: int) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: BinaryIO, column: str | None, skip: int) -> Iterator[dict[str, Any]]:
     from pyarrow import parquet
 
     table = parquet.ParquetFile(file)
-    names = table.schema_arrow.names
-    if missing := [name for name in columns or () if name not in names]:
-        raise BadRow(f"expected a column {missing[0]!r}, got {', '.join(names)}")
-    for batch in table.iter_batches(batch_size=1024, columns=columns):
-        yield from batch.slice(min(skip, len(batch))).to_pylist()
+    if column and column not in table.schema_arrow.names:
+        raise BadRow(f"expected a column {column!r}, got {', '.join(table.schema_arrow.names)}")
+    for batch in table.iter_batches(batch_size=1024, columns=[column] if column else None):
+        for row in range(skip, len(batch)):  # one by one: as Python objects, all of them would take many times the room
+            yield {name: values[row].as_py() for name, values in zip(batch.schema.names, batch.columns, strict=True)}
         skip = max(0, skip - len(batch))
 
 
-def json_object(raw: Any) -> dict[str, Any]:
-    """A line of JSON, or what a parquet file or a data set has as a row; refused where a lenient reader would guess."""
+def row_object(raw: Any) -> dict[str, Any]:
+    """A row as a dictionary, refused where a lenient reader would guess."""
     if isinstance(raw, bytes):
         raw = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     if not isinstance(raw, dict):
-        raise BadRow(f"expected a JSON object, got {_type(raw)}")
+        raise BadRow(f"expected a JSON object, got {type_name(raw)}")
     return raw
 
 
-def _text(raw: Any, cfg: DataConfig) -> str:
-    raw = json_object(raw)
-    if cfg.text_key not in raw:
-        raise BadRow(f"expected a key {cfg.text_key!r}, got {', '.join(map(repr, raw)) or 'none'}"[:200])
-    if not isinstance(raw[cfg.text_key], str):
-        raise BadRow(f"{cfg.text_key}: expected text, got {_type(raw[cfg.text_key])}")
-    return raw[cfg.text_key]
+def _text(raw: Any, key: str) -> str:
+    row = row_object(raw)
+    if key not in row:
+        raise BadRow(f"expected a key {key!r}, got {listed(row)}")
+    if not isinstance(row[key], str):
+        raise BadRow(f"{key}: expected text, got {type_name(row[key])}")
+    return row[key]
 
 
-def _type(value: Any) -> str:
+def listed(keys: Iterable[Any]) -> str:
+    return (", ".join(map(repr, keys)) or "none")[:160]
+
+
+def type_name(value: Any) -> str:
+    """As JSON calls it."""
     names = {type(None): "null", dict: "an object", list: "an array", bool: "a boolean", int: "a number"}
     return (names | {float: "a number", str: "text"}).get(type(value), type(value).__name__)
 
@@ -679,13 +711,13 @@ class Corpus(NamedTuple):
 
 
 def open_corpus(cfg: DataConfig) -> Corpus:
-    sources = [_weighted(source) for source in cfg.train]
-    groups = [(weight, expand([name], "train")) for name, weight in sources if weight is not None]
-    groups = groups or [(1.0, expand([name for name, _ in sources], "train"))]
-    val = expand(cfg.val, "val")
+    sources = [weighted(source) for source in cfg.train]
+    groups = [(weight, expand([name], "data.train")) for name, weight in sources if weight is not None]
+    groups = groups or [(1.0, expand([name for name, _ in sources], "data.train"))]
+    val = expand(cfg.val, "data.val")
     if not val:
         limit = int(cfg.val_fraction * 2**64)
-        return Corpus(groups, [], [cfg.val_fraction], lambda digest: _by_hash(digest, limit))
+        return Corpus(groups, [], [cfg.val_fraction], lambda digest: split_by_hash(digest, limit))
     # A document that is in both is not trained on.
     held_out: set[bytes] = set()
     for _ in Reader(replace(cfg, streaming=False), val, held_out.add):
@@ -694,7 +726,7 @@ def open_corpus(cfg: DataConfig) -> Corpus:
     return Corpus(groups, val, settings, lambda digest: None if digest in held_out else "train")
 
 
-def _by_hash(digest: bytes, limit: int) -> str:
+def split_by_hash(digest: bytes, limit: int) -> str:
     """By nothing but the text, so equal documents never part, and a document added elsewhere moves no other."""
     return "val" if int.from_bytes(digest, "little") < limit else "train"
 

@@ -10,6 +10,7 @@ Letters in shapes: B rows, T tokens of a row (seq_len), V ids.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import statistics
@@ -49,7 +50,7 @@ IGNORE = -100  # target of a position that is not trained, as in torch's cross e
 
 
 class Batch(NamedTuple):
-    """int64 [B, T] each. Targets are shifted here and nowhere else: targets[:, i] is what follows tokens[:, i]."""
+    """int64 [B, T] each. Targets are shifted where a batch is made, and only there: targets[i] follows tokens[i]."""
 
     tokens: Tensor
     targets: Tensor  # IGNORE where nothing is to be learned
@@ -95,7 +96,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def key_of(*parts: int | str) -> int:
+def random_key(*parts: int | str) -> int:
     """63 bits, so that adding a small number stays within 64."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
@@ -126,7 +127,7 @@ class Mixture:
         for block in np.unique(rows // self.block).tolist():
             before, after = self._before(block), self._before(block + 1)
             hand = np.repeat(np.arange(len(before)), np.subtract(after, before))
-            hand = hand[shuffled(np.arange(self.block), self.block, key_of(self.seed, "mixture", block))]
+            hand = hand[shuffled(np.arange(self.block), self.block, random_key(self.seed, "mixture", block))]
             order = np.empty_like(hand)
             for which, first in enumerate(before):
                 order[hand == which] = np.arange(first, first + np.count_nonzero(hand == which))
@@ -171,7 +172,7 @@ class PretrainBatches:
 
     def sha(self, step: int) -> str:
         """Hash of the token ids of the global batch."""
-        return sha_of(self._global(step))
+        return token_sha(self._global(step))
 
     def _global(self, step: int) -> np.ndarray:
         """[B, T + 1], kept until another step is asked for: a single rank needs them for its batch and for the hash."""
@@ -191,13 +192,13 @@ class PretrainBatches:
             count = self.windows[which]
             for epoch in np.unique(nth[source == which] // count).tolist():
                 at = np.flatnonzero((source == which) & (nth // count == epoch))
-                windows = shuffled(nth[at] % count, count, key_of(self.seed, which, epoch))
+                windows = shuffled(nth[at] % count, count, random_key(self.seed, which, epoch))
                 for row, window in zip(at.tolist(), windows.tolist(), strict=True):
                     out[row] = self.shards[which].window(window * self.seq_len, self.seq_len + 1)
         return out
 
 
-def sha_of(windows: np.ndarray) -> str:
+def token_sha(windows: np.ndarray) -> str:
     return hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
@@ -243,7 +244,7 @@ class _Stream:
     def _read(self, epoch: int, cursor: list[Any]) -> Iterator[tuple[int, list[Any], np.ndarray]]:
         """Documents without end, with the epoch and the cursor before each. Files come in another order each epoch."""
         while True:
-            order = shuffled(np.arange(len(self.inputs)), len(self.inputs), key_of(*self.key, epoch))
+            order = shuffled(np.arange(len(self.inputs)), len(self.inputs), random_key(*self.key, epoch))
             reader = Reader(self.cfg, [self.inputs[i] for i in order], self.split_of, cursor)
             found, parts = cursor != [0, 0, None], []
             for piece in reader:
@@ -284,7 +285,7 @@ class StreamBatches:
         return _batch(self._global(step)[first:last], self.tokenizer.eos_id, self.cfg.isolate_documents)
 
     def sha(self, step: int) -> str:
-        return sha_of(self._global(step))
+        return token_sha(self._global(step))
 
     def epoch(self, step: int) -> float:
         """Of the source that is furthest. Within an epoch the share is not known: whole epochs only."""
@@ -366,11 +367,21 @@ def show(batch: Batch, tokenizer: Tokenizer, colour: bool) -> str:
         line = ""
         for at in range(1, len(row) + 1):
             if at == len(row) or learned[at] != learned[start]:
-                text = escape_terminal(tokenizer.decode(row[start:at]))
+                text = escape_terminal(_readable(row[start:at], tokenizer))
                 line += f"{trained}{text}{done}" if learned[start] else f"{masked}{text}{unmasked}"
                 start = at
         lines.append(line)
     return "\n".join(lines)
+
+
+def _readable(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Text of ids; a control token many times over, as at the end of a row that is filled up, stands there once."""
+    parts = []
+    for token, times in ((token, len(list(run))) for token, run in itertools.groupby(ids)):
+        is_filling = times > 3 and token in tokenizer.special.values()
+        parts.append(tokenizer.decode_bytes([token] * (1 if is_filling else times)))
+        parts.append(f" x {times}".encode() * is_filling)
+    return b"".join(parts).decode("utf-8", "replace")
 
 
 BENCH = 32 << 20  # characters that `bench` tokenises in a turn

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chat import Audit, ChatBatches, ChatData, chat_windows, prepare_chat
+from chat import ChatBatches, ChatData, chat_windows, prepare_chat
 from checkpoint import hash_weights, load_model, read_adapter, resolve, write_adapter
 from config import Config, ConfigError, FinetuneConfig, check, check_context, load_config, run_script
 from data import show
@@ -67,11 +67,6 @@ def load_base(loop: FinetuneConfig) -> tuple[GPT, Tokenizer, str, str]:
     return model, tokenizer, str(folder.resolve()), base_hash
 
 
-def tell(audit: Audit) -> None:
-    for line in str(audit).splitlines():
-        say(f"data       {line}")
-
-
 def answer(data: ChatData) -> Any:
     """A sampler: what the model answers to the first validation prompt."""
     example = data.val[0]
@@ -88,9 +83,8 @@ def build(cfg: Config, world: World) -> Trainer:
     loop = cfg.finetune
     model, tokenizer, base, base_hash = load_base(loop)
     data = main_first(world, lambda: prepare_chat(cfg.chat, tokenizer, loop.seq_len))
-    tell(data.audit)
-    batches = ChatBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed, pack=cfg.chat.pack, fill=tokenizer.eos_id)
-    say(f"packing    {len(batches.packed):,} rows of {loop.seq_len}, {100 * batches.padding:.1f}% of them padding")
+    say(str(data.audit))
+    batches = ChatBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed, pack=cfg.chat.pack)
     windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
     torch.manual_seed(cfg.run.seed)
     apply_lora(model, cfg.lora)
@@ -104,7 +98,7 @@ def show_data(cfg: Config) -> None:
     loop = cfg.finetune
     _, tokenizer, _, _ = load_base(loop)
     data = prepare_chat(cfg.chat, tokenizer, loop.seq_len)
-    tell(data.audit)
+    say(str(data.audit))
     batches = ChatBatches(
         data.train, loop.seq_len, min(2, loop.rows), cfg.run.seed, pack=cfg.chat.pack, fill=tokenizer.eos_id
     )

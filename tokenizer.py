@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -573,13 +573,24 @@ def train_tokenizer(
     return _from_files("trained", files, Path("trained"), {})
 
 
-def render_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
-) -> tuple[list[int], list[int]]:
-    """ChatML ids, and a mask that is 1 on what an assistant has to write: its content and <|im_end|>.
+class Turn(NamedTuple):
+    """One message as ids."""
 
-    `generate` ends with the open header of an assistant's turn. That header and the content are encoded apart,
-    as they are when a model writes the content, so training and sampling see the same ids.
+    role: str
+    given: list[int]  # the header; of anyone but an assistant, all of the turn
+    learned: list[int]  # what an assistant has to write: its content and <|im_end|>
+    gap: list[int]  # the newline between turns
+
+    @property
+    def size(self) -> int:
+        return len(self.given) + len(self.learned) + len(self.gap)
+
+
+def chat_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[Turn]:
+    """Each message in ChatML, after the default system message where the tokenizer has one and the messages do not.
+
+    An assistant's header and its content are encoded apart, as they are when a model writes the content, so training
+    and sampling see the same ids.
     """
     start, end = tokenizer.special.get(IM_START), tokenizer.special.get(IM_END)
     if start is None or end is None:
@@ -589,20 +600,38 @@ def render_chat(
         raise DataError("messages: expected at least one message, got none")
     if turns[0][0] != "system" and tokenizer.default_system is not None:
         turns.insert(0, ("system", tokenizer.default_system))
-    header = [start, *tokenizer.encode("assistant\n")]
-    newline = tokenizer.encode("\n")
-    ids: list[int] = []
-    mask: list[int] = []
+    header, newline = [start, *tokenizer.encode("assistant\n")], tokenizer.encode("\n")
+    found = []
     for role, content in turns:
         if role == "assistant":
-            given, learned = header, [*tokenizer.encode(content), end]
+            found.append(Turn(role, header, [*tokenizer.encode(content), end], newline))
         else:
-            given, learned = [start, *tokenizer.encode(f"{role}\n{content}"), end], []
-        ids += given + learned + newline
-        mask += [0] * len(given) + [1] * len(learned) + [0] * len(newline)
+            found.append(Turn(role, [start, *tokenizer.encode(f"{role}\n{content}"), end], [], newline))
+    return found
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
+) -> tuple[list[int], list[int]]:
+    """ChatML ids, and a mask that is 1 on what an assistant has to write.
+
+    `generate` ends with the open header of an assistant's turn.
+    """
+    ids, mask = joined(chat_turns(messages, tokenizer))
     if generate:
+        header = [tokenizer.special[IM_START], *tokenizer.encode("assistant\n")]
         ids += header
         mask += [0] * len(header)
+    return ids, mask
+
+
+def joined(turns: Iterable[Turn]) -> tuple[list[int], list[int]]:
+    """Ids and mask of turns one after the other."""
+    ids: list[int] = []
+    mask: list[int] = []
+    for turn in turns:
+        ids += turn.given + turn.learned + turn.gap
+        mask += [0] * len(turn.given) + [1] * len(turn.learned) + [0] * len(turn.gap)
     return ids, mask
 
 

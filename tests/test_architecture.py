@@ -57,7 +57,7 @@ IMPORTS = {
     "bench": {"config", "model", "data", "distributed", "optim", "train"},
 }
 # A file may read the configuration when it is itself the program.
-AS_PROGRAM = {("data", "config"), ("checkpoint", "runfolder")}
+AS_PROGRAM = {("data", "config"), ("chat", "config"), ("checkpoint", "runfolder")}
 OPTIONAL = {"datasets", "wandb", "lm_eval", "matplotlib", "transformers", "huggingface_hub", "pyarrow", "zstandard"}
 
 

@@ -442,27 +442,28 @@ def keys_of(cls: type, prefix: str = "") -> list[str]:
     return names
 
 
-def test_config_yaml_holds_every_key_once_with_a_comment():
-    found = re.findall(r"^(\w+):  # \S|^  (\w+): .*? # \S", (ROOT / "config.yaml").read_text(), re.MULTILINE)
-    names, section = [], ""
-    for top, key in found:
+def comments_of_config_yaml() -> list[tuple[str, str]]:
+    """Each key of a section, with its comment."""
+    found = re.findall(r"^(\w+):  # \S|^  (\w+): .*? # (\S.*)$", (ROOT / "config.yaml").read_text(), re.MULTILINE)
+    comments, section = [], ""
+    for top, key, comment in found:
         section = top or section
-        names += [f"{section}.{key}"] if key and section != "presets" else []
-    assert names == keys_of(Config)
+        comments += [(f"{section}.{key}", comment)] if key and section != "presets" else []
+    return comments
+
+
+def test_config_yaml_holds_every_key_once_with_a_comment():
+    assert [name for name, _ in comments_of_config_yaml()] == keys_of(Config)
 
 
 def test_help_lists_every_key_with_type_default_and_comment():
     text = help_text("infer")
     lines = text.splitlines()
-    comments, section = {}, ""
-    for line in (ROOT / "config.yaml").read_text().splitlines():
-        section = line.partition(":")[0] if line[:1].isalpha() else section
-        if written := re.match(r"  (\w+): .*? # (.*)$", line):
-            comments[f"{section}.{written[1]}"] = written[2]
+    comments = dict(comments_of_config_yaml())
     for key in keys_of(Config):
         shown = key.removeprefix("infer.")
         row = next(line for line in lines if line.startswith(f"  --{shown} "))
-        assert row.endswith(comments[".".join(key.split(".")[:2])])
+        assert row.endswith(comments[key])
         assert " = " in row
     assert lines.index("infer: prompt, stream, chat, beams") < lines.index("run: what all scripts share")
     assert next(line for line in lines if "--top_k " in line).split()[:4] == ["--top_k", "int", "=", "0"]

@@ -73,7 +73,7 @@ def test_a_reader_goes_on_behind_any_row(tmp_path, suffix):
     write_as(tmp_path / f"a{suffix}", rows[:25])
     write_as(tmp_path / f"b{suffix}", rows[25:])
     cfg = DataConfig(train=(str(tmp_path),))
-    inputs = corpus.expand(cfg.train, "train")
+    inputs = corpus.expand(cfg.train, "data.train")
     pieces = list(corpus.Reader(cfg, inputs, lambda digest: "train"))
     assert [piece.text for piece in pieces] == rows
     if suffix == ".jsonl":  # knows the byte, so that what was read is not read again
@@ -486,8 +486,8 @@ def test_d05_a_killed_preparation_goes_on_and_ends_byte_identical(build, tmp_pat
         build("a.jsonl", cache_dir=str(copy))
         assert shard_bytes(copy) == expected
     read = []
-    document = corpus.Reader._document
-    monkeypatch.setattr(corpus.Reader, "_document", lambda self, *a: read.append(a) or document(self, *a))
+    document = corpus.Reader.items
+    monkeypatch.setattr(corpus.Reader, "items", lambda self, *a: read.append(a) or document(self, *a))
     again = build("a.jsonl", cache_dir=str(tmp_path / "killed"))
     assert shard_bytes(tmp_path / "killed") == expected
     assert len(read) < 130  # the work before the ledger's last entry was not done twice
@@ -606,10 +606,10 @@ def test_e9_what_a_configuration_may_not_say(options, said):
 
 
 def test_the_grammar_of_weights():
-    assert corpus._weighted("a.txt") == ("a.txt", None)
-    assert corpus._weighted("a=3/b.txt") == ("a=3/b.txt", None)
-    assert corpus._weighted("a=3=0.5") == ("a=3", 0.5)
-    assert corpus._weighted("hf:a/b:c=2e-1") == ("hf:a/b:c", 0.2)
+    assert corpus.weighted("a.txt") == ("a.txt", None)
+    assert corpus.weighted("a=3/b.txt") == ("a=3/b.txt", None)
+    assert corpus.weighted("a=3=0.5") == ("a=3", 0.5)
+    assert corpus.weighted("hf:a/b:c=2e-1") == ("hf:a/b:c", 0.2)
 
 
 # --- D06, D07: streams ------------------------------------------------------------------------------------------------
