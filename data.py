@@ -59,8 +59,8 @@ class Batch(NamedTuple):
 
 def _batch(windows: np.ndarray, eos_id: int, isolate_documents: bool) -> Batch:
     """[B, T + 1] tokens, IGNORE where a window is shorter, as a batch."""
-    rows = torch.from_numpy(windows)
-    tokens, targets = rows[:, :-1].clone(), rows[:, 1:].clone()
+    # Copied by numpy: torch would share out so small a copy among threads, which wait for each other on a busy machine.
+    tokens, targets = (torch.from_numpy(part.copy()) for part in (windows[:, :-1], windows[:, 1:]))
     tokens[tokens == IGNORE] = eos_id
     if not isolate_documents:
         return Batch(tokens, targets, None)
