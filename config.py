@@ -388,13 +388,15 @@ def _resolve(option: str, section: str) -> tuple[tuple[str, ...], Any]:
     names = tuple(option[2:].split("."))
     if names == ("preset",):
         return names, str
+    found: list[tuple[tuple[str, ...], Any]] = []
     for path in (names, (section, *names), ("run", *names)):
         hint: Any = Config
         for name in path:
             nested = _nested(hint)
             hint = get_type_hints(nested).get(name) if nested else None
-        if hint is not None and not is_dataclass(hint):  # `--chat` is infer.chat, never the section of that name
-            return path, hint
+        found += [(path, hint)] if hint is not None else []
+    if found:  # a key before a section: `--chat` is infer.chat, not the section of that name
+        return next((path for path in found if path[1] is not _nested(path[1])), found[0])
     paths = [path for path, _ in _walk(Config)]
     short = [path[1:] for path in paths if path[0] in (section, "run")]
     known = ["--preset", "--help", *("--" + ".".join(path) for path in short + paths)]

@@ -106,6 +106,9 @@ def show_data(cfg: Config) -> None:
     print(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
 
 
+BUILD = {"sft": build}  # by objective
+
+
 def main(argv: list[str]) -> None:
     cfg = load_config(argv, "finetune")
     if cfg.finetune.show_data:
@@ -114,7 +117,13 @@ def main(argv: list[str]) -> None:
     world = start(cfg.run.device)
     try:
         check(cfg, world.size, cfg.finetune)
-        run(cfg, world, build, SECTIONS, f'python infer.py --ckpt {cfg.run.dir} --instruct --prompt "Write a function"')
+        run(
+            cfg,
+            world,
+            BUILD[cfg.finetune.objective],
+            SECTIONS,
+            f'python infer.py --ckpt {cfg.run.dir} --instruct --prompt "Write a function"',
+        )
     finally:
         stop(world)
 
