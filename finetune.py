@@ -79,12 +79,16 @@ def answer(data: ChatData) -> Any:
     return sample
 
 
+def open_chat(cfg: Config, data: ChatData, rows: int) -> ChatBatches:
+    return ChatBatches(data.train, cfg.finetune.seq_len, rows, cfg.run.seed, pack=cfg.chat.pack)
+
+
 def build(cfg: Config, world: World) -> Trainer:
     loop = cfg.finetune
     model, tokenizer, base, base_hash = load_base(loop)
     data = main_first(world, lambda: prepare_chat(cfg.chat, tokenizer, loop.seq_len))
     say(str(data.audit))
-    batches = ChatBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed, pack=cfg.chat.pack)
+    batches = open_chat(cfg, data, loop.rows)
     windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
     torch.manual_seed(cfg.run.seed)
     apply_lora(model, cfg.lora)
@@ -99,9 +103,7 @@ def show_data(cfg: Config) -> None:
     _, tokenizer, _, _ = load_base(loop)
     data = prepare_chat(cfg.chat, tokenizer, loop.seq_len)
     say(str(data.audit))
-    batches = ChatBatches(
-        data.train, loop.seq_len, min(2, loop.rows), cfg.run.seed, pack=cfg.chat.pack, fill=tokenizer.eos_id
-    )
+    batches = open_chat(cfg, data, rows=min(2, loop.rows))
     text = show(batches(0), tokenizer, sys.stdout.isatty())
     print(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
 
