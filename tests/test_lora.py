@@ -297,6 +297,19 @@ def test_mixed_precision(variant: str):
                 assert parameter.grad.isfinite().all()
 
 
+def test_lengths_of_rows_are_fp32_under_autocast():
+    layer = shaken(LoRALinear(nn.Linear(64, 8), VARIANTS["dora"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer.updated()
+    assert torch.equal(mixed, layer.updated())
+
+
+def test_a_head_of_its_own_is_no_target():
+    """Its weight is read without a call of the module, so that an adapter on it would be trained by nobody."""
+    with pytest.raises(LoraError, match="got 'lm_head'"):
+        apply_lora(tiny.model("qwen2-untied"), replace(PLAIN, targets=("q_proj", "lm_head")))
+
+
 def test_n05_a_small_update_survives_a_half_precision_base():
     layer = LoRALinear(nn.Linear(8, 8).bfloat16(), PLAIN)
     with torch.no_grad():
