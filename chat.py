@@ -469,6 +469,10 @@ class ChatBatches:
         return self._kept[1]
 
     def _rows(self, step: int, first: int, last: int) -> Batch:
+        return _batch(self.conversations(step, first, last), self.seq_len)
+
+    def conversations(self, step: int, first: int, last: int) -> list[list[Example]]:
+        """Those in rows `first` to `last` of the global batch."""
         epochs, places = np.divmod(np.arange(step * self.rows + first, step * self.rows + last), len(self.slots))
         found = []
         for epoch in np.unique(epochs).tolist():  # most often one; two where an epoch ends within the batch
@@ -476,7 +480,7 @@ class ChatBatches:
             order = self._by_length(epoch)
             for row in shuffled(here, len(self.slots), random_key(self.seed, "rows", epoch)).tolist():
                 found.append([self.examples[order[slot]] for slot in self.slots[row]])
-        return _batch(found, self.seq_len)
+        return found
 
     def _by_length(self, epoch: int) -> np.ndarray:
         """The examples from short to long, those of equal length in an order of this epoch."""

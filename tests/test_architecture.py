@@ -54,7 +54,19 @@ IMPORTS = {
         "tokenizer",
         "train",
     },
-    "bench": {"config", "model", "data", "distributed", "optim", "train"},
+    "bench": {
+        "chat",
+        "checkpoint",
+        "config",
+        "corpus",
+        "data",
+        "distributed",
+        "lora",
+        "model",
+        "optim",
+        "plan",
+        "train",
+    },
 }
 # A file may read the configuration when it is itself the program.
 AS_PROGRAM = {("data", "config"), ("chat", "config"), ("checkpoint", "runfolder")}
