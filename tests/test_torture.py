@@ -984,7 +984,7 @@ def test_g7_rows_that_do_not_divide(corpus: Path, tmp_path: Path):
     """8 rows on 3 ranks: refused by each rank with code 2, which torchrun turns into its own."""
     started = runs.torchrun(tmp_path / "output", options(corpus, tmp_path / "run"), ranks=3)
     assert started.wait(120) != 0
-    assert re.search(r"error: .*train\.batch_tokens", started.stderr)
+    assert re.search(r"error: .*batch_tokens", started.stderr)
     assert re.search(r"exitcode\s*:\s*2\b", started.stderr)
     assert not (tmp_path / "run").exists()
 
