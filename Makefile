@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 	$(TESTS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(TESTS) -m "slow and not gpu"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import signal
-import subprocess
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import TRAIN, Starter, killed_at, metrics, options, script, torchrun
+from runs import Starter, killed_at, metrics, options, script, torchrun
 from torch import nn
 
 import train
@@ -225,19 +224,6 @@ def test_a9_a_finished_run_says_so_and_changes_nothing(corpus: Path, reference: 
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()} == before
 
 
-def test_a2_kill_9_and_go_on_is_bitwise(starter: Starter, corpus: Path, reference: Path, tmp_path: Path):
-    """A loss curve does not prove it: trainers that forgot the optimizer or the data position looked as good."""
-    run = tmp_path / "killed"
-    for step in (3, 9, 14):  # before the first save, between two, and after an evaluation
-        assert killed_at(starter, run, step, signal.SIGKILL, options(corpus, run)).wait() == -signal.SIGKILL
-    train.main(options(corpus, run))
-    assert verify(run) == verify(reference)
-    ours, theirs = metrics(run), metrics(reference)
-    for step in range(1, 21):
-        for key in ("loss", "lr", "batch_sha", "grad_norm"):
-            assert ours[step][key] == theirs[step][key], (step, key)
-
-
 def test_a6_sigterm_saves_and_leaves_with_75(starter: Starter, corpus: Path, reference: Path, tmp_path: Path):
     run = tmp_path / "stopped"
     started = time.monotonic()
@@ -279,22 +265,6 @@ def test_h2_h3_a_continued_run_is_the_same_run(corpus: Path, reference: Path, ca
             train.main(options(corpus, reference, change))
         assert said in str(refusal.value)
     train.main(options(corpus, reference, "--run.keep=5"))  # harmless
-
-
-def test_i1_two_runs_in_one_folder(corpus: Path, tmp_path: Path):
-    command = [*TRAIN, *options(corpus, tmp_path / "run", "--train.steps=2000")]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        for line in first.stderr:
-            if line.startswith("step "):
-                break
-        second = script(*options(corpus, tmp_path / "run", "--train.steps=2000"))
-        assert second.returncode == 5
-        assert second.stderr.count("\n") <= 2
-        assert "busy" in second.stderr
-    finally:
-        first.kill()
-        first.communicate()
 
 
 def test_a_mistake_is_one_line(corpus: Path, tmp_path: Path):
