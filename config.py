@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -252,7 +253,8 @@ def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> 
         raise ConfigError("run.parallel: fsdp cuts the matrices that optimizer muon needs whole (try ddp)")
     if loop.rows % world_size:
         rows = f"{loop.rows} rows a step (batch_tokens / seq_len)"
-        raise ConfigError(f"batch_tokens: {rows} cannot be shared by {world_size} ranks")
+        name = "train" if loop is cfg.train else "finetune"
+        raise ConfigError(f"{name}.batch_tokens: {rows} cannot be shared by {world_size} ranks")
     if loop is cfg.train:  # else the model comes from a checkpoint
         check_context(loop, cfg.model)
 
@@ -577,6 +579,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """
     try:
         code = main(sys.argv[1:]) or 0
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done; the code shall say so to whoever asks to stop now
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -73,7 +74,12 @@ def start(device: str) -> World:
 
 
 def stop(world: World) -> None:
+    """Leave the world, after the last reference to a wrapped module is gone.
+
+    One that outlives its process group waits for the group's threads while it holds the lock that they need.
+    """
     if world.size > 1:
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -111,15 +111,15 @@ def show_data(cfg: Config) -> None:
 BUILD = {"sft": build}  # by objective
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     cfg = load_config(argv, "finetune")
     if cfg.finetune.show_data:
         show_data(cfg)
-        return
+        return 0
     world = start(cfg.run.device)
     try:
         check(cfg, world.size, cfg.finetune)
-        run(
+        return run(
             cfg,
             world,
             BUILD[cfg.finetune.objective],

@@ -84,8 +84,11 @@ class Optimizers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 keys = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
                 entry = {key: rest.pop(f"{self.names[p]}.{key}", None) for key in keys}
-                if any(t is None or (key != "step" and t.shape != p.shape) for key, t in entry.items()):
-                    raise ValueError(f"optimizer state of {self.names[p]}: missing or of another shape")
+                for key, t in entry.items():
+                    shape, dtype = ((), torch.float32) if key == "step" else (tuple(p.shape), p.dtype)
+                    if t is None or tuple(t.shape) != shape or t.dtype != dtype:
+                        got = "nothing" if t is None else f"{tuple(t.shape)} {t.dtype}"
+                        raise ValueError(f"optimizer state {self.names[p]}.{key}: expected {shape} {dtype}, got {got}")
                 # AdamW keeps its step count beside the parameters in fp32, also on a device.
                 optimizer.state[p] = {
                     key: t.to(p.device) if key == "step" else spread_like(t, p) for key, t in entry.items()

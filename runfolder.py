@@ -149,7 +149,7 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_state(folder: Path, step: int, tokenizer: Tokenizer | None, state: dict[str, Any]) -> None:
     state = {"versions": versions(), "tokenizer_hash": tokenizer.hash if tokenizer else None} | state
-    state |= {"format": FORMAT, "step": step, "tensors": _inventory(folder)}
+    state |= {"format": FORMAT, "step": step, "tensors": inventory(folder)}
     if _has_nan(state):
         raise NonFiniteError(f"step {step}: the state of the trainer holds a NaN; nothing was saved")
     _write(folder / "state.json", _dump(state))
@@ -208,7 +208,7 @@ def _prune(run: Path, step: int, keep: int, best: int | None, warn: Callable[[st
     kept = {best, *[step, *whole][: max(1, keep)]}
     unwanted = [folder for number, folder in steps.items() if number < step and number not in kept]
     unwanted += [path for path in parent.iterdir() if path.name.startswith((TEMPORARY, DELETED, REPLACED))]
-    unwanted += [path for path in run.iterdir() if path.name.startswith(TEMPORARY) and path.is_file()]
+    unwanted += [path for path in run.iterdir() if path.name.startswith((TEMPORARY, DELETED))]
     for path in unwanted:
         try:
             _delete(path)
@@ -350,7 +350,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: expected format {FORMAT}, got {found}, written by {how}")
     if type(state.get("step")) is not int or not isinstance(state.get("tensors"), dict):
         raise CheckpointError(f"{path}: expected a step and a table of tensors")
-    recorded, present = state["tensors"], _inventory(folder)
+    recorded, present = state["tensors"], inventory(folder)
     wrong = [
         f"{name} (expected {recorded.get(name, 'nothing')}, got {present.get(name, 'nothing')})"
         for name in sorted({*recorded, *present})
@@ -362,7 +362,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _inventory(folder: Path) -> dict[str, str]:
+def inventory(folder: Path) -> dict[str, str]:
     """Dtype and shape of each tensor of a checkpoint."""
     out = {}
     for part, file in _tensor_files(folder):
@@ -510,6 +510,14 @@ def write_status(run: Path, status: str, code: int, reason: str) -> None:
         write_atomic(run / "status.json", _dump({"status": status, "code": code, "reason": reason}))
     except DiskError as error:
         warn_on_stderr(f"status not recorded: {error}")
+
+
+def read_status(run: Path) -> str | None:
+    """`running`, `done`, ...; None where nothing legible is written."""
+    try:
+        return json.loads((run / "status.json").read_bytes())["status"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def source_record() -> dict[str, Any]:

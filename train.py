@@ -50,10 +50,12 @@ from plan import announce, micro_rows
 from runfolder import (
     check_disk,
     clear,
+    inventory,
     load_trainer_state,
     lock,
     newest_valid,
     read_state,
+    read_status,
     save,
     source_record,
     verify,
@@ -198,11 +200,19 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
+class Preempted(Exception):
+    exit_code = PREEMPTED
+
+
 class Stop:
-    """A signal's flag: the first asks to save and leave after the step, a second Ctrl-C leaves at once."""
+    """A signal's flag: the first asks to save and leave after the step, a second Ctrl-C leaves at once.
+
+    Before the first step there is nothing to save, and it ends at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.can_wait = False  # set by `fit`, which looks at the flag
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -214,8 +224,10 @@ class Stop:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, _: Any) -> None:
-        if self.asked and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.asked or not self.can_wait):
             raise KeyboardInterrupt
+        if not self.can_wait:
+            raise Preempted("stopped by a signal before the first step; the same command starts again")
         self.asked = True
 
 
@@ -290,21 +302,27 @@ class Progress:
         self.plateau.load(state["plateau"])
 
 
-def fit(trainer: Trainer, source: Path | None = None, changed: dict[str, Any] | None = None) -> dict[str, float]:
-    """Train from a checkpoint, or from the start, to the end; returns the last evaluation.
+def fit(
+    trainer: Trainer,
+    source: Path | None = None,
+    changed: dict[str, Any] | None = None,
+    stop: Stop | None = None,
+) -> Progress:
+    """Train from a checkpoint, or from the start, to the end or until asked to stop; returns how far it came.
 
     changed: in which keys the run differs from the one that wrote the checkpoint; it is logged
     """
     cfg, loop, world, model = trainer.cfg, trainer.loop, trainer.world, trainer.model
-    optimizers, progress, stop = Optimizers(parameter_groups(model, loop), loop), Progress(loop), Stop()
+    optimizers, progress, stop = Optimizers(parameter_groups(model, loop), loop), Progress(loop), stop or Stop()
     resumed = resume(trainer, source, optimizers, progress) if source else None
     log = MetricLog(cfg, loop, trainer.folder, progress.step, trainer.speed, world)
-    early = progress.step + 3  # so that a person soon sees loss, speed and remaining time
+    leaving, early = False, progress.step + 3  # so that a person soon sees loss, speed and remaining time
     model.train()
-    with stop.watching(), log.open():
+    stop.can_wait = True
+    with log.open():
         if resumed:
             log.event(**resumed, changed=changed)
-        while not progress.over:
+        while not progress.over and not leaving:
             step = progress.step
             rate = lr_at(step, loop, progress.plateau.scale)
             optimizers.set_rate(rate)
@@ -337,11 +355,7 @@ def fit(trainer: Trainer, source: Path | None = None, changed: dict[str, Any] | 
                 log.flush()
                 with log.pause():
                     keep_checkpoint(trainer, progress, optimizers, rate)
-            if leaving and not progress.over:
-                if world.is_main:
-                    write_status(trainer.folder, "preempted", PREEMPTED, f"signal after step {done}")
-                raise SystemExit(PREEMPTED)
-    return progress.result
+    return progress
 
 
 def show_progress(trainer: Trainer, log: MetricLog, progress: Progress) -> None:
@@ -449,7 +463,7 @@ def starting_point(cfg: Config) -> Path | None:
         return Path(wanted)
     if wanted == "never" and cfg.run.overwrite:
         return None
-    newest = newest_valid(folder, say)
+    newest = newest_valid(folder, lambda text: say(f"warning: {text}"))
     if newest is None and wanted == "must":
         raise ResumeError(f"{folder}: run.resume is must, but there is no checkpoint")
     if newest is not None and wanted == "never":
@@ -461,6 +475,9 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
     """Put everything back as a checkpoint has it. Returns what is to be logged about it."""
     cfg, model = trainer.cfg, trainer.model
     tensors, state = load_trainer_state(source)
+    narrow = [f"{name} is {kind}" for name, kind in inventory(source).items() if not kind.startswith("F32 ")]
+    if narrow:  # whoever made it so has rounded the state of the run
+        raise ResumeError(f"{source}: expected weights and optimizer state in F32, but {narrow[0]}")
     for name, old, new in (
         ("tokenizer", state["tokenizer_hash"], trainer.tokenizer.hash),
         ("data", state["data"], trainer.batches.fingerprint),
@@ -580,14 +597,17 @@ def run(
     build: Callable[[Config, World], Trainer],
     sections: tuple[str, ...],
     following: str,
-) -> None:
+) -> int:
     """A run in its folder, from the lock to the last line. The same command on a complete run changes nothing.
 
     sections   of the configuration that decide what comes out
     following  the command to try next
+
+    Returns the exit code.
     """
     folder, started, changed = Path(cfg.run.dir), time.perf_counter(), None
-    with lock(folder) if world.is_main else nullcontext():
+    stop = Stop()
+    with stop.watching(), lock(folder) if world.is_main else nullcontext():
         source = main_first(world, lambda: starting_point(cfg))
         if source:
             state = read_state(source)
@@ -595,10 +615,10 @@ def run(
             if state["over"] and not changed:
                 say(f"{folder} is complete: {state['step']} steps, best validation loss {state['best']['loss']:.4f}")
                 say(f"next: {following}")
-                return
+                if world.is_main and read_status(folder) != "done":  # killed between its last save and its last word
+                    write_status(folder, "done", 0, "")
+                return 0
         if world.is_main:
-            if cfg.run.overwrite and not source:
-                clear(folder)
             write_atomic(folder / "config.yaml", dump(cfg).encode())
             write_atomic(folder / "source.json", json.dumps(source_record(), indent=2).encode())
             write_status(folder, "running", 0, "")
@@ -608,27 +628,35 @@ def run(
                 # fp32 weights, and two moments of those that are trained
                 size = sum(p.numel() * (12 if p.requires_grad else 4) for p in trainer.model.parameters())
                 check_disk(folder, size, cfg.run.keep)
-            result = fit(trainer, source, changed)
-        except SystemExit:  # stopped by a signal, and said so
-            raise
+                if cfg.run.overwrite and not source:
+                    clear(folder)
+            progress = fit(trainer, source, changed, stop)
         except BaseException as error:
             if world.is_main:
-                write_status(folder, "failed", exit_code_of(error), str(error) or type(error).__name__)
+                code = exit_code_of(error)
+                status = "preempted" if code == PREEMPTED else "failed"
+                write_status(folder, status, code, str(error) or type(error).__name__)
             raise
+        if not progress.over:
+            say(f"stopped by a signal after step {progress.step}, saved; the same command goes on")
+            if world.is_main:
+                write_status(folder, "preempted", PREEMPTED, f"signal after step {progress.step}")
+            return PREEMPTED
         if world.is_main:
             write_status(folder, "done", 0, "")
             seconds = time.perf_counter() - started
-            say(f"done in {seconds:.0f} s: {result['bits_per_byte']:.4f} bits per byte of validation text")
+            say(f"done in {seconds:.0f} s: {progress.result['bits_per_byte']:.4f} bits per byte of validation text")
             say(f"wrote {folder}/: metrics.jsonl, samples.jsonl, checkpoints/ ({trainer.store.loaded_by})")
             say(f"next: {following}")
+    return 0
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     cfg = load_config(argv, "train")
     world = start(cfg.run.device)
     try:
         check(cfg, world.size)
-        run(cfg, world, build, SECTIONS, f'python infer.py --ckpt {cfg.run.dir} --prompt "def "')
+        return run(cfg, world, build, SECTIONS, f'python infer.py --ckpt {cfg.run.dir} --prompt "def "')
     finally:
         stop(world)
 
