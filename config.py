@@ -52,7 +52,7 @@ class RunConfig:
     overwrite: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     keep: int = 2
-    save_every: int = 250
+    save_every: int = 400
     allow_change: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -67,19 +67,19 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 600
-    seq_len: int = 256
-    batch_tokens: int = 4096
+    steps: int = 1200
+    seq_len: int = 128
+    batch_tokens: int = 1024
     micro_batch: int | Literal["auto"] = "auto"
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 3e-3
+    lr: float = 4e-3
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
     schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "cosine"
-    warmup_steps: int = 50
+    warmup_steps: int = 60
     decay_share: float = 0.2
     floor: float = 0.1
     plateau_factor: float = 0.5
@@ -89,9 +89,9 @@ class TrainConfig:
     z_loss: float = 0.0
     checkpoint_activations: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
-    eval_every: int = 200
-    eval_tokens: int = 65_536
-    log_every: int = 10
+    eval_every: int = 400
+    eval_tokens: int = 32_768
+    log_every: int = 50
     sample_tokens: int = 100
     skip_limit: int = 5
     patience: int = 0
@@ -133,13 +133,15 @@ class FinetuneConfig(TrainConfig):
     base_ckpt: str | None = None
     objective: Literal["sft"] = "sft"
     show_data: bool = False
-    steps: int = 300
-    seq_len: int = 512
-    lr: float = 1e-3
+    steps: int = 400
+    seq_len: int = 256
+    batch_tokens: int = 2048
+    lr: float = 2e-3
     schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "plateau"
     weight_decay: float = 0.0
     warmup_steps: int = 20
     eval_every: int = 50
+    log_every: int = 20
     patience: int = 6
 
 

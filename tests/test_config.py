@@ -4,7 +4,7 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -433,6 +433,14 @@ def test_a_preset_is_the_model_that_its_comment_counts(tmp_path, name):
 
 def test_every_preset_is_known_to_the_tests_and_possible():
     assert list(config._read_file(config.DEFAULT_FILE)["presets"]) == list(PRESETS)
+
+
+@pytest.mark.parametrize("section", ["run", "data", "chat", "train", "finetune", "lora", "log", "infer"])
+def test_a_key_that_a_file_leaves_out_has_the_value_of_config_yaml(section: str):
+    """Two sets of defaults once drifted apart: a file of one's own got other values than `--help` showed."""
+    loaded = getattr(load_config(["--run.dir=auto"] if section != "run" else ["--run.dir=x"], "train"), section)
+    neutral = replace(type(loaded)(), dir="x") if section == "run" else type(loaded)()
+    assert loaded == neutral
 
 
 def keys_of(cls: type, prefix: str = "") -> list[str]:
