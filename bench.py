@@ -110,7 +110,7 @@ def sft_ours(cfg: Config, folder: Path) -> tuple[Callable[[int], None], ChatBatc
     apply_lora(model, cfg.lora)
     objective, alone = LanguageModeling(model.to(device).train(), {}), World(0, 0, 1, device)
     optimizers = Optimizers(parameter_groups(model, loop), loop)
-    scaler, rows = torch.amp.GradScaler(device.type, enabled=False), micro_rows(cfg, model.cfg, loop, alone)
+    scaler, rows = torch.amp.GradScaler(device.type, enabled=False), micro_rows(cfg, model, loop, alone)
 
     def step(number: int) -> None:
         micros = micro_batches(batches(number), rows, device)

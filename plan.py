@@ -11,32 +11,31 @@ import torch
 from config import Config, TrainConfig
 from distributed import World, least
 from log import Peak, say
-from model import GPT, LOGITS_PER_CHUNK, ModelConfig, flops_per_token
+from model import GPT, LOGITS_PER_CHUNK, flops_per_token
 from optim import parameter_groups
 
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
 
 
-def memory_estimate(m: ModelConfig, train: TrainConfig, rows: int, shards: int = 1) -> dict[str, float]:
+def memory_estimate(model: GPT, train: TrainConfig, rows: int, shards: int = 1) -> dict[str, float]:
     """Bytes on one device: fp32 weights, gradients and optimizer state, activations and logits of one micro-batch.
 
+    model: its shape and which of its parameters train; it may be on the meta device
     shards: ranks among which weights, gradients and state are spread
     """
-    tokens = rows * train.seq_len
-    with torch.device("meta"):
-        groups = parameter_groups(GPT(m), train)
-    sizes = {kind: sum(p.numel() for p in members.values()) for kind, members in groups.items()}
-    parameters = sum(sizes.values())
+    m, tokens = model.cfg, rows * train.seq_len
+    sizes = {kind: sum(p.numel() for p in ps.values()) for kind, ps in parameter_groups(model, train).items()}
+    trained, muon = sum(sizes.values()), sizes.get("muon", 0)
     q_size, kv_size = m.num_attention_heads * m.head_size, m.num_key_value_heads * m.head_size
     # Kept for the backward of one layer and token, in fp32: two norms and their inputs (6 E), q k v before and after
     # the rotation, the attention's output, and the MLP's gate, up, silu and product.
     layer = 6 * m.hidden_size + 3 * q_size + 4 * kv_size + 4 * m.intermediate_size
     kept = m.hidden_size * m.num_hidden_layers + layer if train.checkpoint_activations else layer * m.num_hidden_layers
     return {
-        "weights": 4 * parameters / shards,
-        "gradients": 4 * parameters / shards,
-        "optimizer": (8 * (parameters - sizes.get("muon", 0)) + 4 * sizes.get("muon", 0)) / shards,
+        "weights": 4 * sum(p.numel() for p in model.parameters()) / shards,
+        "gradients": 4 * trained / shards,
+        "optimizer": (8 * (trained - muon) + 4 * muon) / shards,
         "activations": 4 * tokens * kept,
         "logits": 3 * 4 * min(tokens * m.vocab_size, LOGITS_PER_CHUNK),  # logits, softmax and gradient
     }
@@ -54,7 +53,7 @@ def free_memory(device: torch.device) -> float:
     return float(pages * os.sysconf("SC_PAGE_SIZE")) or math.inf
 
 
-def micro_rows(cfg: Config, model: ModelConfig, train: TrainConfig, world: World) -> int:
+def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World) -> int:
     """Rows per forward: the largest share of a rank's rows that fits into memory, and on a CPU into its caches.
 
     The same on all ranks, which have to come to each gradient together.
@@ -79,9 +78,9 @@ def announce(
 ) -> None:
     """What is about to happen, in seven lines."""
     size = sum(p.numel() for p in model.parameters())
-    estimate = memory_estimate(model.cfg, train, rows, shards_of(cfg, world))
+    estimate = memory_estimate(model, train, rows, shards_of(cfg, world))
     groups = parameter_groups(model, train)
-    named = {"muon": "matrices by Muon", "decay": "with weight decay", "plain": "without"}
+    named = {"muon": "matrices by Muon", "decay": f"with weight decay {train.weight_decay:g}", "plain": "without"}
     micro = train.rows // world.size // rows
     flops = flops_per_token(model.cfg, train.seq_len)
     parallel = f", {cfg.run.parallel}" if world.size > 1 else ""

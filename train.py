@@ -547,7 +547,7 @@ def assemble(
     model.checkpoint_activations = loop.checkpoint_activations
     dtype, reason = pick_dtype(cfg.run.dtype, world.device)
     peak = peak_of(world.device, dtype)
-    rows = micro_rows(cfg, model.cfg, loop, world)
+    rows = micro_rows(cfg, model, loop, world)
     announce(cfg, loop, world, model, batches, rows, f"{str(dtype).removeprefix('torch.')} ({reason})", peak)
     return Trainer(
         cfg=cfg,

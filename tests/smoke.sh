@@ -1,5 +1,5 @@
 #!/bin/sh
-# A new user's first minutes, in miniature: train, continue a text, export. About a minute; leaves nothing behind.
+# A new user's first minutes, in miniature: train, fine-tune, continue a text, export. Leaves nothing behind.
 set -eu
 python=${1:-python}
 folder=$(mktemp -d)
@@ -9,4 +9,9 @@ trap 'rm -rf "$folder"' EXIT
 "$python" infer.py --ckpt "$folder/run" --prompt "def " --max_new_tokens 20
 "$python" checkpoint.py export "$folder/run" "$folder/exported"
 "$python" infer.py --ckpt "$folder/exported" --prompt "import " --num_beams 3 --max_new_tokens 10
+"$python" finetune.py --base_ckpt "$folder/run" --run.dir "$folder/sft" --steps 4 --warmup_steps 1 --batch_tokens 1024 \
+    --eval_every 2 --eval_tokens 1024 --sample_tokens 8 --chat.limit 200 --lora.rank 4
+"$python" infer.py --ckpt "$folder/sft" --instruct --prompt "Say hello." --max_new_tokens 10
+"$python" checkpoint.py export "$folder/sft" "$folder/merged" --merge
+"$python" checkpoint.py verify "$folder/sft"
 echo "smoke: ok"

@@ -180,7 +180,9 @@ def test_w01_options_that_the_readme_uses_exist():
     from config import load_config
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for script, options in re.findall(r"^(?:\$ )?python (train|infer)\.py ?(.*?)(?:\s{2,}#.*)?$", text, re.MULTILINE):
+    for script, options in re.findall(
+        r"^(?:\$ )?python (train|infer|finetune)\.py ?(.*?)(?:\s{2,}#.*)?$", text, re.MULTILINE
+    ):
         words = re.findall(r"\"[^\"]*\"|'[^']*'|\S+", options)
         if "--help" not in words:
             load_config([word.strip("\"'") for word in words], script)
