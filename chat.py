@@ -54,7 +54,7 @@ DOCSTRINGS = "builtin:docstrings"
 SHAPES = "messages, conversations, instruction and output, or prompt and response"
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 PLACES = 5  # rows that are named of those left out for one reason
-SHORT = 400  # characters of an instruction, and of a function, in the built-in set: what a tiny model can learn
+ASKED, ANSWERED = 400, 120  # characters of the built-in set, at most: a tiny model repeats itself in longer functions
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def docstring_pairs(source: str) -> Iterator[tuple[int, str, str]]:
         about = ast.get_docstring(node).partition("\n\n")[0]
         request = f"Write the {what} `{node.name}({ast.unparse(node.args)})`.\n\n{about}"
         answer = f"{first}\n{rest.strip(chr(10))}"
-        if len(request) <= SHORT and len(answer) <= SHORT:
+        if len(request) <= ASKED and len(answer) <= ANSWERED:
             yield node.lineno, request, answer
 
 

@@ -316,3 +316,22 @@ def test_logits_are_computed_only_where_there_is_a_target(share: float):
     assert torch.allclose(loss, slow_loss, rtol=1e-6)
     for a, b in zip(ours, slow, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-9
+
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+
+
+def test_f10_the_losses_of_a_known_run(corpus: Path, tmp_path: Path):
+    """What no other test sees moves these: an initialiser, an order, a default. Refreshed only on purpose, by
+
+    python -m pytest tests/test_train.py -k f10, which on a mismatch says where it wrote what it found
+    """
+    train.main(options(corpus, tmp_path / "run", "--train.steps=50", "--train.schedule=cosine"))
+    found = {str(step): row["loss"] for step, row in sorted(metrics(tmp_path / "run").items())}
+    here = {"torch": torch.__version__.split("+")[0], "cpu": torch.backends.cpu.get_cpu_capability()}
+    golden = json.loads(GOLDEN.read_text())
+    if golden["of"] != here:
+        pytest.skip(f"the known losses are of {golden['of']}, this is {here}")
+    worst = max(abs(found[step] - golden["losses"][step]) for step in golden["losses"])
+    (tmp_path / "found.json").write_text(json.dumps({"of": here, "losses": found}, indent=0))
+    assert worst <= 1e-6, f"found other losses: {tmp_path / 'found.json'}"
