@@ -67,6 +67,14 @@ def load_base(loop: FinetuneConfig) -> tuple[GPT, Tokenizer, str, str]:
     return model, tokenizer, str(folder.resolve()), base_hash
 
 
+def refuse_own_base(cfg: Config) -> None:
+    """A run in the folder of its base would prune, or with run.overwrite delete, what it is made from."""
+    run = Path(cfg.run.dir).resolve()
+    base = Path(cfg.finetune.base_ckpt or "").resolve()
+    if cfg.finetune.base_ckpt and run in (base, *base.parents):
+        raise ConfigError(f"finetune.base_ckpt: {cfg.finetune.base_ckpt} is in the run folder (--run.dir for another)")
+
+
 def answer(data: ChatData) -> Any:
     """A sampler: what the model answers to the first validation prompt."""
     example = data.val[0]
@@ -119,6 +127,7 @@ def main(argv: list[str]) -> None:
     world = start(cfg.run.device)
     try:
         check(cfg, world.size, cfg.finetune)
+        refuse_own_base(cfg)
         run(
             cfg,
             world,

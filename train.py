@@ -597,8 +597,6 @@ def run(
                 say(f"next: {following}")
                 return
         if world.is_main:
-            if cfg.run.overwrite and not source:
-                clear(folder)
             write_atomic(folder / "config.yaml", dump(cfg).encode())
             write_atomic(folder / "source.json", json.dumps(source_record(), indent=2).encode())
             write_status(folder, "running", 0, "")
@@ -608,6 +606,8 @@ def run(
                 # fp32 weights, and two moments of those that are trained
                 size = sum(p.numel() * (12 if p.requires_grad else 4) for p in trainer.model.parameters())
                 check_disk(folder, size, cfg.run.keep)
+                if cfg.run.overwrite and not source:  # only now that nothing is left that could refuse the new run
+                    clear(folder)
             result = fit(trainer, source, changed)
         except SystemExit:  # stopped by a signal, and said so
             raise
