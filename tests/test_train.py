@@ -22,6 +22,7 @@ import train
 from config import TrainConfig
 from data import Batch
 from distributed import World
+from lora import LoraConfig, apply_lora, lora_state
 from model import IGNORE, KVCache
 from runfolder import verify
 
@@ -127,6 +128,19 @@ def test_o01_every_parameter_is_in_one_group_and_moves(optimizer: str):
     step_of(model, members, batch())
     still = [n for (n, p), old in zip(model.named_parameters(), before, strict=True) if torch.equal(p, old)]
     assert all(name.endswith("k_proj.bias") for name in still)  # softmax does not see it
+
+
+def test_adapters_alone_are_moved_by_muon():
+    """There is nothing left for AdamW, which refuses to be made for no parameter."""
+    model = tiny.model().train()
+    apply_lora(model, LoraConfig(rank=2))
+    members = optimizers(model, optimizer="muon", weight_decay=0.0)
+    before = {name: tensor.clone() for name, tensor in lora_state(model).items()}
+    step_of(model, members, batch())
+    assert {name for name, tensor in lora_state(model).items() if not torch.equal(tensor, before[name])} == {
+        name for name in before if name.endswith("lora_B")  # A follows when B is no longer zero
+    }
+    members.load(members.state())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
