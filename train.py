@@ -374,11 +374,12 @@ def sample_document(trainer: Trainer) -> str:
 
 # --- stop and go on ---------------------------------------------------------------------------------------------------
 
-# What may differ between a run and its continuation without a word: it does not change a single weight.
+# What may differ between a run and its continuation without a word: it changes no weight by more than rounding does.
 HARMLESS = re.compile(
-    r"run\.(device|dir|resume|overwrite|keep|save_every|parallel|allow_change)|(infer|log)\..*|data\.(cache_dir|workers)"
+    r"run\.(device|dir|resume|overwrite|keep|save_every|parallel|allow_change)|data\.(cache_dir|workers)"
     r"|\w+\.(micro_batch|checkpoint_activations|compile|eval_every|eval_tokens|log_every|sample_tokens|skip_limit)"
 )
+LISTENED_TO = re.compile(r"\w+\.(eval_every|eval_tokens)")  # by the plateau rule and by patience
 
 
 def flat(section: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -391,7 +392,12 @@ def flat(section: dict[str, Any], path: str = "") -> dict[str, Any]:
 def refuse_changes(cfg: Config, old: dict[str, Any], sections: tuple[str, ...]) -> dict[str, list[Any]]:
     """What differs from the run that is continued, as {key: [old, new]}; refused unless allowed by key."""
     was, now = flat(old), flat({name: json.loads(json.dumps(asdict(cfg)))[name] for name in sections})
-    changed = {key: [was.get(key), now[key]] for key in now if now[key] != was.get(key) and not HARMLESS.fullmatch(key)}
+    listens = any(now.get(f"{name}.schedule") == "plateau" or now.get(f"{name}.patience") for name in sections)
+    changed = {
+        key: [was.get(key), now[key]]
+        for key in now
+        if now[key] != was.get(key) and (not HARMLESS.fullmatch(key) or (listens and LISTENED_TO.fullmatch(key)))
+    }
     refused = [key for key in changed if key not in cfg.run.allow_change or key.startswith("model.")]
     if refused:
         listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in refused)

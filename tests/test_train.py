@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from runs import TRAIN, Starter, killed_at, metrics, options, script, torchrun
 from torch import nn
 
 import train
-from config import TrainConfig
+from config import TrainConfig, load_config
 from data import Batch
 from distributed import World
 from lora import LoraConfig, apply_lora, lora_state
@@ -138,7 +138,9 @@ def test_adapters_alone_are_moved_by_muon():
     before = {name: tensor.clone() for name, tensor in lora_state(model).items()}
     step_of(model, members, batch())
     assert {name for name, tensor in lora_state(model).items() if not torch.equal(tensor, before[name])} == {
-        name for name in before if name.endswith("lora_B")  # A follows when B is no longer zero
+        name
+        for name in before
+        if name.endswith("lora_B")  # A follows when B is no longer zero
     }
     members.load(members.state())
 
@@ -293,6 +295,19 @@ def test_h2_h3_a_continued_run_is_the_same_run(corpus: Path, reference: Path, ca
             train.main(options(corpus, reference, change))
         assert said in str(refusal.value)
     train.main(options(corpus, reference, "--run.keep=5"))  # harmless
+
+
+@pytest.mark.parametrize("rule", [{"schedule": "plateau"}, {"schedule": "constant", "patience": 3}])
+def test_h3_evaluations_are_not_harmless_where_something_listens_to_them(rule: dict):
+    """The plateau rule counts evaluations: with others in between the rate falls at other steps."""
+    cfg = load_config([], "train")
+    old = json.loads(json.dumps(asdict(replace(cfg, train=replace(cfg.train, **rule)))))
+    now = replace(cfg, train=replace(cfg.train, **rule, eval_every=7))
+    with pytest.raises(train.ConfigError, match=r"train\.eval_every 250 -> 7"):
+        train.refuse_changes(now, old, train.SECTIONS)
+    deaf = {"schedule": "cosine", "patience": 0}
+    old["train"] |= deaf
+    assert not train.refuse_changes(replace(now, train=replace(now.train, **deaf)), old, train.SECTIONS)
 
 
 def test_i1_two_runs_in_one_folder(corpus: Path, tmp_path: Path):
