@@ -471,7 +471,7 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
         ("tokenizer", state["tokenizer_hash"], trainer.tokenizer.hash),
         ("data", state["data"], trainer.batches.fingerprint),
     ):
-        if old != new and "data" not in cfg.run.allow_change:
+        if old != new and (name == "tokenizer" or "data" not in cfg.run.allow_change):
             raise ResumeError(f"{source}: the {name} has changed since ({old[:12]} -> {new[:12]})")
     stored = trainer.store.read(source)
     with torch.no_grad():

@@ -310,6 +310,24 @@ def test_h3_evaluations_are_not_harmless_where_something_listens_to_them(rule: d
     assert not train.refuse_changes(replace(now, train=replace(now.train, **deaf)), old, train.SECTIONS)
 
 
+def allowed(*keys: str) -> list[str]:
+    return [f"--run.allow_change={key}" for key in keys]
+
+
+def test_h4_other_data_may_be_allowed_another_tokenizer_never(corpus: Path, tmp_path: Path):
+    """allow_change data went on with the new text's own tokenizer, whose ids mean something else."""
+    first, then = (options(corpus, tmp_path / "run", f"--train.steps={steps}", "--train.warmup_steps=2",
+                           "--data.tokenizer=auto", "--model.vocab_size=300") for steps in (4, 6))  # fmt: skip
+    train.main(first)
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(20):
+        (other / f"{number}.txt").write_text(f"something else, number {number}, altogether; " * 20)
+    then = [f"--data.train={other}" if word.startswith("--data.train=") else word for word in then]
+    with pytest.raises(train.ResumeError, match="the tokenizer has changed"):
+        train.main([*then, *allowed("data", "data.train", "train.steps")])
+
+
 def test_i1_two_runs_in_one_folder(corpus: Path, tmp_path: Path):
     command = [*TRAIN, *options(corpus, tmp_path / "run", "--train.steps=2000")]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
