@@ -482,6 +482,8 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
     except ValueError as error:
         raise ResumeError(f"{source}: {error}") from None
     if isinstance(trainer.batches, StreamBatches):
+        if state["stream"] is None:
+            raise ResumeError(f"{source}: its text was not streamed, so that a stream cannot go on (data.streaming)")
         trainer.batches.load_state(state["stream"])
     progress.load(state)
     trainer.scaler.load_state_dict(state["scaler"])

@@ -328,6 +328,13 @@ def test_h4_other_data_may_be_allowed_another_tokenizer_never(corpus: Path, tmp_
         train.main([*then, *allowed("data", "data.train", "train.steps")])
 
 
+def test_a_stream_cannot_go_on_where_nothing_was_streamed(corpus: Path, tmp_path: Path):
+    train.main(options(corpus, tmp_path / "run", "--train.steps=4"))
+    more = options(corpus, tmp_path / "run", "--train.steps=6", "--data.streaming=true")
+    with pytest.raises(train.ResumeError, match="was not streamed"):
+        train.main([*more, *allowed("data", "data.streaming", "train.steps")])
+
+
 def test_i1_two_runs_in_one_folder(corpus: Path, tmp_path: Path):
     command = [*TRAIN, *options(corpus, tmp_path / "run", "--train.steps=2000")]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
