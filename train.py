@@ -626,7 +626,8 @@ def run(
         if world.is_main:
             write_status(folder, "done", 0, "")
             seconds = time.perf_counter() - started
-            say(f"done in {seconds:.0f} s: {result['bits_per_byte']:.4f} bits per byte of validation text")
+            found = f": {result['bits_per_byte']:.4f} bits per byte of validation text" if result else ", not evaluated"
+            say(f"done in {seconds:.0f} s{found}")
             say(f"wrote {folder}/: metrics.jsonl, samples.jsonl, checkpoints/ ({trainer.store.loaded_by})")
             say(f"next: {following}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -333,6 +334,15 @@ def test_a_stream_cannot_go_on_where_nothing_was_streamed(corpus: Path, tmp_path
     more = options(corpus, tmp_path / "run", "--train.steps=6", "--data.streaming=true")
     with pytest.raises(train.ResumeError, match="was not streamed"):
         train.main([*more, *allowed("data", "data.streaming", "train.steps")])
+
+
+def test_fewer_steps_than_are_done_and_no_evaluation(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture):
+    """The last line once asked for a figure of an evaluation that never was."""
+    run = tmp_path / "run"
+    train.main(options(corpus, run, "--train.steps=9", "--train.eval_every=100"))
+    shutil.rmtree(run / "checkpoints" / "step-00000009")
+    train.main([*options(corpus, run, "--train.steps=6", "--train.eval_every=100"), *allowed("train.steps")])
+    assert "not evaluated" in capfd.readouterr().err
 
 
 def test_i1_two_runs_in_one_folder(corpus: Path, tmp_path: Path):
