@@ -449,7 +449,7 @@ def starting_point(cfg: Config) -> Path | None:
     """The checkpoint to go on from: that which is named, else the newest that is whole; None: start anew."""
     folder, wanted = Path(cfg.run.dir), cfg.run.resume
     if wanted not in ("auto", "never", "must"):
-        if not Path(wanted).is_dir():
+        if not Path(wanted).is_dir() or (Path(wanted) / "checkpoints").is_dir():
             raise ResumeError(f"run.resume: expected auto, never, must or a checkpoint's folder, got {wanted!r}")
         verify(Path(wanted))
         return Path(wanted)

@@ -296,6 +296,8 @@ def test_h2_h3_a_continued_run_is_the_same_run(corpus: Path, reference: Path, ca
             train.main(options(corpus, reference, change))
         assert said in str(refusal.value)
     train.main(options(corpus, reference, "--run.keep=5"))  # harmless
+    with pytest.raises(train.ResumeError, match="a checkpoint's folder"):
+        train.main(options(corpus, reference, f"--run.resume={reference}"))  # once looked for a state.json in it
 
 
 @pytest.mark.parametrize("rule", [{"schedule": "plateau"}, {"schedule": "constant", "patience": 3}])
