@@ -58,14 +58,27 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "this CPU has no bf16 instructions"
 
 
+class WorldError(Exception):
+    exit_code = 2
+
+
+def ranks() -> int:
+    """How many processes torchrun has started together; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(device: str) -> World:
     """Join the world that torchrun has set up in the environment; without one, a world of this process alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = ranks()
     if size == 1:
         return World(0, 0, 1, pick_device(device))
     local_rank = int(os.environ["LOCAL_RANK"])
     chosen = pick_device(device)
+    if chosen.type == "mps":
+        raise WorldError(f"run.device: {size} ranks need cpu or cuda, got mps")
     if chosen.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise WorldError(f"torchrun: expected at most a rank for each of {torch.cuda.device_count()} GPUs")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     # Flags travel as CPU tensors over gloo, so that no step waits for the device.

@@ -21,13 +21,15 @@ from chat import ChatBatches, ChatData, chat_windows, prepare_chat
 from checkpoint import hash_weights, load_model, read_adapter, resolve, write_adapter
 from config import Config, ConfigError, FinetuneConfig, check, check_context, load_config, run_script
 from data import show
-from distributed import World, start, stop
-from log import say
+from distributed import World, ranks, start, stop
+from log import Peak, say
 from lora import LoraConfig, apply_lora, lora_state
 from model import GPT
 from tokenizer import Tokenizer
 from train import LanguageModeling, ResumeError, Trainer, WholeModel, assemble, main_first, run, written
 
+# Frozen weights have no gradients, packed rows attend to less, and logits are computed for trained tokens alone.
+UNCOUNTED = Peak(None, "n/a, since a step of fine-tuning computes less than `flops_per_token` counts")
 SECTIONS = ("run", "finetune", "chat", "lora")  # of the configuration, which decide what comes out
 
 
@@ -53,18 +55,32 @@ class AdapterOnly(WholeModel):
         return stored.tensors
 
 
-def load_base(loop: FinetuneConfig) -> tuple[GPT, Tokenizer, str, str]:
-    """(model in fp32, its tokenizer, the folder it came from, the hash of its weights)"""
+def base_of(loop: FinetuneConfig) -> Path:
+    """The folder of the base, found before anything is written."""
     if loop.base_ckpt is None:
         raise ConfigError("finetune.base_ckpt: expected a run, a Hugging Face folder or a hub id, got nothing")
-    folder = resolve(loop.base_ckpt)
+    return resolve(loop.base_ckpt)
+
+
+def load_base(loop: FinetuneConfig) -> tuple[GPT, Tokenizer, str, str]:
+    """(model in fp32, its tokenizer, the folder it came from, the hash of its weights)"""
+    folder = base_of(loop)
     model, tokenizer = load_model(folder, dtype=torch.float32)
     if tokenizer is None:
         raise ConfigError(f"finetune.base_ckpt: {folder} has no tokenizer")
     check_context(loop, model.cfg)
     base_hash = hash_weights(folder)
     say(f"base       {folder}, weights {base_hash[:16]}")
-    return model, tokenizer, str(folder.resolve()), base_hash
+    name = str(folder.resolve()) if Path(loop.base_ckpt).exists() else loop.base_ckpt  # a hub id stays one
+    return model, tokenizer, name, base_hash
+
+
+def refuse_own_base(cfg: Config) -> None:
+    """A run in the folder of its base would prune, or with run.overwrite delete, what it is made from."""
+    run = Path(cfg.run.dir).resolve()
+    base = Path(cfg.finetune.base_ckpt or "").resolve()
+    if cfg.finetune.base_ckpt and run in (base, *base.parents):
+        raise ConfigError(f"finetune.base_ckpt: {cfg.finetune.base_ckpt} is in the run folder (--run.dir for another)")
 
 
 def answer(data: ChatData) -> Any:
@@ -94,7 +110,7 @@ def build(cfg: Config, world: World) -> Trainer:
     apply_lora(model, cfg.lora)
     objective = LanguageModeling(model.to(world.device), {"z_loss": loop.z_loss})
     store = AdapterOnly(cfg.lora, base, base_hash) if cfg.lora.rank else WholeModel()
-    return assemble(cfg, loop, world, objective, tokenizer, batches, windows, answer(data), store)
+    return assemble(cfg, loop, world, objective, tokenizer, batches, windows, answer(data), store, UNCOUNTED)
 
 
 def show_data(cfg: Config) -> None:
@@ -116,9 +132,11 @@ def main(argv: list[str]) -> int:
     if cfg.finetune.show_data:
         show_data(cfg)
         return 0
+    check(cfg, ranks(), cfg.finetune)
+    base_of(cfg.finetune)
+    refuse_own_base(cfg)
     world = start(cfg.run.device)
     try:
-        check(cfg, world.size, cfg.finetune)
         return run(
             cfg,
             world,

@@ -33,9 +33,9 @@ class Optimizers:
             for kind, decay in (("decay", cfg.weight_decay), ("plain", 0.0))
             if kind in groups
         ]
-        betas = (cfg.beta1, cfg.beta2)
         self.members: list[torch.optim.Optimizer] = []
-        if adamw:
+        if adamw:  # adapters alone are all Muon's
+            betas = (cfg.beta1, cfg.beta2)
             self.members.append(torch.optim.AdamW(adamw, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True))
         if "muon" in groups:
             matrices = list(groups["muon"].values())

@@ -81,10 +81,11 @@ def announce(
     estimate = memory_estimate(model, train, rows, shards_of(cfg, world))
     groups = parameter_groups(model, train)
     named = {"muon": "matrices by Muon", "decay": f"with weight decay {train.weight_decay:g}", "plain": "without"}
-    micro = train.rows // world.size // rows
+    micro = -(-train.rows // world.size // rows)
     flops = flops_per_token(model.cfg, train.seq_len)
     parallel = f", {cfg.run.parallel}" if world.size > 1 else ""
     tokens = train.steps * train.batch_tokens
+    epochs = f"{batches.epoch(train.steps):.2f} epochs" if batches.steps_per_epoch else "streamed"
     say(f"device     {world.device} x {world.size}{parallel}, {dtype}")
     say(f"model      {size / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a token")
     say("optimizer  " + ", ".join(f"{len(m)} tensors ({sum(p.numel() for p in m.values()) / 1e6:.2f} M) {named[k]}"
@@ -93,5 +94,5 @@ def announce(
         + f": {sum(estimate.values()) / 1e9:.2f} of {free_memory(world.device) / 1e9:.1f} GB free")  # fmt: skip
     say(f"step       {train.batch_tokens:,} tokens: {train.rows} rows of {train.seq_len} in {micro} x {rows} a rank")
     say(f"plan       {train.steps} steps, {tokens / 1e6:.2f} M tokens, "
-        f"{batches.epoch(train.steps):.2f} epochs, {train.schedule} to {train.lr:g}")  # fmt: skip
+        f"{epochs}, {train.schedule}, at most {train.lr:g}")  # fmt: skip
     say(f"MFU        matrix FLOPs, causal attention (full in brackets), over the peak: {peak.origin}")

@@ -35,6 +35,7 @@ from distributed import (
     any_rank,
     barrier,
     pick_dtype,
+    ranks,
     spread_like,
     start,
     stop,
@@ -43,7 +44,7 @@ from distributed import (
     whole,
     wrap,
 )
-from log import MetricLog, Speed, peak_of, say
+from log import MetricLog, Peak, Speed, peak_of, say
 from model import GPT, IGNORE, generate
 from optim import Optimizers, Plateau, lr_at, parameter_groups
 from plan import announce, micro_rows
@@ -178,7 +179,10 @@ def share_of(windows: list[Batch], world: World) -> list[Batch]:
 
 @torch.no_grad()
 def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, autocast: Any) -> dict[str, float]:
-    """Validation loss in nats, perplexity and bits per byte, over a fixed list of windows shared among the ranks."""
+    """Validation loss in nats, perplexity and bits per byte, over a fixed list of windows shared among the ranks.
+
+    Bits per byte: the bits of all targets, those that end documents and turns included, over the bytes of the text.
+    """
     was_training = model.training
     model.eval()
     losses, counts, sizes = [], 0, 0
@@ -293,6 +297,16 @@ class Progress:
         given_up = bool(self.loop.patience) and self.stale >= self.loop.patience
         return given_up or self.step >= self.loop.steps
 
+    def told(self) -> str:
+        """The end of the sentence `done in 9 s`."""
+        if not self.result:
+            return ", not evaluated"
+        figures = "val/loss {loss:.4f}, {bits_per_byte:.4f} bits per byte".format(**self.result)
+        best = (
+            "" if self.best["step"] == self.step else "; best: val/loss {loss:.4f} at step {step}".format(**self.best)
+        )
+        return f": {figures} of validation text{best}"
+
     def state(self) -> dict[str, Any]:
         kept = {"step": self.step, "best": self.best, "stale": self.stale, "result": self.result}
         return kept | {"plateau": self.plateau.state()}
@@ -343,7 +357,7 @@ def fit(
             if last or leaving or done == early or done % loop.log_every == 0:
                 log.flush()
             if done == early and (idle := optimizers.idle()):
-                say(f"warning: never a gradient for {', '.join(idle[:5])} and {max(0, len(idle) - 5)} more")
+                say(f"warning: never a gradient for {len(idle)} parameters: {', '.join(idle[:5])}")
             if last or done % loop.eval_every == 0:
                 log.flush()
                 with log.pause():
@@ -388,11 +402,12 @@ def sample_document(trainer: Trainer) -> str:
 
 # --- stop and go on ---------------------------------------------------------------------------------------------------
 
-# What may differ between a run and its continuation without a word: it does not change a single weight.
+# What may differ between a run and its continuation without a word: it changes no weight by more than rounding does.
 HARMLESS = re.compile(
-    r"run\.(device|dir|resume|overwrite|keep|save_every|parallel|allow_change)|(infer|log)\..*|data\.(cache_dir|workers)"
+    r"run\.(device|dir|resume|overwrite|keep|save_every|parallel|allow_change)|data\.(cache_dir|workers)"
     r"|\w+\.(micro_batch|checkpoint_activations|compile|eval_every|eval_tokens|log_every|sample_tokens|skip_limit)"
 )
+LISTENED_TO = re.compile(r"\w+\.(eval_every|eval_tokens)")  # by the plateau rule and by patience
 
 
 def flat(section: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -405,7 +420,12 @@ def flat(section: dict[str, Any], path: str = "") -> dict[str, Any]:
 def refuse_changes(cfg: Config, old: dict[str, Any], sections: tuple[str, ...]) -> dict[str, list[Any]]:
     """What differs from the run that is continued, as {key: [old, new]}; refused unless allowed by key."""
     was, now = flat(old), flat({name: json.loads(json.dumps(asdict(cfg)))[name] for name in sections})
-    changed = {key: [was.get(key), now[key]] for key in now if now[key] != was.get(key) and not HARMLESS.fullmatch(key)}
+    listens = any(now.get(f"{name}.schedule") == "plateau" or now.get(f"{name}.patience") for name in sections)
+    changed = {
+        key: [was.get(key), now[key]]
+        for key in now
+        if now[key] != was.get(key) and (not HARMLESS.fullmatch(key) or (listens and LISTENED_TO.fullmatch(key)))
+    }
     refused = [key for key in changed if key not in cfg.run.allow_change or key.startswith("model.")]
     if refused:
         listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in refused)
@@ -457,7 +477,7 @@ def starting_point(cfg: Config) -> Path | None:
     """The checkpoint to go on from: that which is named, else the newest that is whole; None: start anew."""
     folder, wanted = Path(cfg.run.dir), cfg.run.resume
     if wanted not in ("auto", "never", "must"):
-        if not Path(wanted).is_dir():
+        if not Path(wanted).is_dir() or (Path(wanted) / "checkpoints").is_dir():
             raise ResumeError(f"run.resume: expected auto, never, must or a checkpoint's folder, got {wanted!r}")
         verify(Path(wanted))
         return Path(wanted)
@@ -482,7 +502,7 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
         ("tokenizer", state["tokenizer_hash"], trainer.tokenizer.hash),
         ("data", state["data"], trainer.batches.fingerprint),
     ):
-        if old != new and "data" not in cfg.run.allow_change:
+        if old != new and (name == "tokenizer" or "data" not in cfg.run.allow_change):
             raise ResumeError(f"{source}: the {name} has changed since ({old[:12]} -> {new[:12]})")
     stored = trainer.store.read(source)
     with torch.no_grad():
@@ -493,6 +513,8 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
     except ValueError as error:
         raise ResumeError(f"{source}: {error}") from None
     if isinstance(trainer.batches, StreamBatches):
+        if state["stream"] is None:
+            raise ResumeError(f"{source}: its text was not streamed, so that a stream cannot go on (data.streaming)")
         trainer.batches.load_state(state["stream"])
     progress.load(state)
     trainer.scaler.load_state_dict(state["scaler"])
@@ -518,7 +540,7 @@ def compiled(objective: nn.Module, cfg: Config, loop: TrainConfig, device: torch
     except Exception as error:  # no compiler, no Triton, a broken one: each fails in its own way
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else "no reason"
         if loop.compile == "on":
-            raise ConfigError(f"train.compile: no working compiler here ({reason:.200})") from None
+            raise ConfigError(f"compile: expected a working compiler, got {reason:.200}") from None
         say(f"not compiled: no working compiler ({reason:.200})")
         return objective
     model = objective.model  # whose rotary tables are made now: grown later, they would compile everything again
@@ -541,12 +563,13 @@ def assemble(
     windows: list[Batch],
     sample: Callable[[Trainer], str],
     store: WholeModel,
+    peak: Peak | None = None,
 ) -> Trainer:
     """The part of the way to `fit` that all scripts share: precision, plan, compilation, ranks."""
     model = objective.model
     model.checkpoint_activations = loop.checkpoint_activations
     dtype, reason = pick_dtype(cfg.run.dtype, world.device)
-    peak = peak_of(world.device, dtype)
+    peak = peak or peak_of(world.device, dtype)
     rows = micro_rows(cfg, model, loop, world)
     announce(cfg, loop, world, model, batches, rows, f"{str(dtype).removeprefix('torch.')} ({reason})", peak)
     return Trainer(
@@ -625,9 +648,9 @@ def run(
         try:
             trainer = build(cfg, world)
             if world.is_main:
-                # fp32 weights, and two moments of those that are trained
-                size = sum(p.numel() * (12 if p.requires_grad else 4) for p in trainer.model.parameters())
-                check_disk(folder, size, cfg.run.keep)
+                stored = sum(t.numel() for t in trainer.store.tensors(trainer.model).values())
+                trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+                check_disk(folder, 4 * stored + 8 * trained, cfg.run.keep)  # fp32, two moments
                 if cfg.run.overwrite and not source:
                     clear(folder)
             progress = fit(trainer, source, changed, stop)
@@ -645,7 +668,7 @@ def run(
         if world.is_main:
             write_status(folder, "done", 0, "")
             seconds = time.perf_counter() - started
-            say(f"done in {seconds:.0f} s: {progress.result['bits_per_byte']:.4f} bits per byte of validation text")
+            say(f"done in {seconds:.0f} s{progress.told()}")
             say(f"wrote {folder}/: metrics.jsonl, samples.jsonl, checkpoints/ ({trainer.store.loaded_by})")
             say(f"next: {following}")
     return 0
@@ -653,9 +676,9 @@ def run(
 
 def main(argv: list[str]) -> int:
     cfg = load_config(argv, "train")
+    check(cfg, ranks())
     world = start(cfg.run.device)
     try:
-        check(cfg, world.size)
         return run(cfg, world, build, SECTIONS, f'python infer.py --ckpt {cfg.run.dir} --prompt "def "')
     finally:
         stop(world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -196,3 +197,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing(base: Path, pairs: Path, tmp_p
         assert started.wait() == code, started.stderr
         assert started.stderr.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in started.stderr
+
+
+def test_the_folder_of_the_base_is_no_run_folder(base: Path, pairs: Path, tmp_path: Path):
+    """With run.overwrite the base was deleted first, and then looked for."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copytree(base, run / "checkpoints" / "step-00000001")
+    for source in (run, run / "checkpoints" / "step-00000001"):
+        with pytest.raises(ConfigError, match="is in the run folder"):
+            finetune.main([*options(source, pairs, run), "--run.resume=never", "--run.overwrite"])
+    assert resolve(run) == run / "checkpoints" / "step-00000001"
+    assert (run / "checkpoints" / "step-00000001" / "model.safetensors").exists()

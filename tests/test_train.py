@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from runs import Starter, killed_at, metrics, options, script, torchrun
 from torch import nn
 
 import train
-from config import TrainConfig
+from config import TrainConfig, load_config
 from data import Batch
 from distributed import World
+from lora import LoraConfig, apply_lora, lora_state
 from model import IGNORE, KVCache
 from runfolder import verify
 
@@ -126,6 +128,21 @@ def test_o01_every_parameter_is_in_one_group_and_moves(optimizer: str):
     step_of(model, members, batch())
     still = [n for (n, p), old in zip(model.named_parameters(), before, strict=True) if torch.equal(p, old)]
     assert all(name.endswith("k_proj.bias") for name in still)  # softmax does not see it
+
+
+def test_adapters_alone_are_moved_by_muon():
+    """There is nothing left for AdamW, which refuses to be made for no parameter."""
+    model = tiny.model().train()
+    apply_lora(model, LoraConfig(rank=2))
+    members = optimizers(model, optimizer="muon", weight_decay=0.0)
+    before = {name: tensor.clone() for name, tensor in lora_state(model).items()}
+    step_of(model, members, batch())
+    assert {name for name, tensor in lora_state(model).items() if not torch.equal(tensor, before[name])} == {
+        name
+        for name in before
+        if name.endswith("lora_B")  # A follows when B is no longer zero
+    }
+    members.load(members.state())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -265,6 +282,55 @@ def test_h2_h3_a_continued_run_is_the_same_run(corpus: Path, reference: Path, ca
             train.main(options(corpus, reference, change))
         assert said in str(refusal.value)
     train.main(options(corpus, reference, "--run.keep=5"))  # harmless
+    with pytest.raises(train.ResumeError, match="a checkpoint's folder"):
+        train.main(options(corpus, reference, f"--run.resume={reference}"))  # once looked for a state.json in it
+
+
+@pytest.mark.parametrize("rule", [{"schedule": "plateau"}, {"schedule": "constant", "patience": 3}])
+def test_h3_evaluations_are_not_harmless_where_something_listens_to_them(rule: dict):
+    """The plateau rule counts evaluations: with others in between the rate falls at other steps."""
+    cfg = load_config([], "train")
+    old = json.loads(json.dumps(asdict(replace(cfg, train=replace(cfg.train, **rule)))))
+    now = replace(cfg, train=replace(cfg.train, **rule, eval_every=7))
+    with pytest.raises(train.ConfigError, match=r"train\.eval_every 400 -> 7"):
+        train.refuse_changes(now, old, train.SECTIONS)
+    deaf = {"schedule": "cosine", "patience": 0}
+    old["train"] |= deaf
+    assert not train.refuse_changes(replace(now, train=replace(now.train, **deaf)), old, train.SECTIONS)
+
+
+def allowed(*keys: str) -> list[str]:
+    return [f"--run.allow_change={key}" for key in keys]
+
+
+def test_h4_other_data_may_be_allowed_another_tokenizer_never(corpus: Path, tmp_path: Path):
+    """allow_change data went on with the new text's own tokenizer, whose ids mean something else."""
+    first, then = (options(corpus, tmp_path / "run", f"--train.steps={steps}", "--train.warmup_steps=2",
+                           "--data.tokenizer=auto", "--model.vocab_size=300") for steps in (4, 6))  # fmt: skip
+    train.main(first)
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(20):
+        (other / f"{number}.txt").write_text(f"something else, number {number}, altogether; " * 20)
+    then = [f"--data.train={other}" if word.startswith("--data.train=") else word for word in then]
+    with pytest.raises(train.ResumeError, match="the tokenizer has changed"):
+        train.main([*then, *allowed("data", "data.train", "train.steps")])
+
+
+def test_a_stream_cannot_go_on_where_nothing_was_streamed(corpus: Path, tmp_path: Path):
+    train.main(options(corpus, tmp_path / "run", "--train.steps=4"))
+    more = options(corpus, tmp_path / "run", "--train.steps=6", "--data.streaming=true")
+    with pytest.raises(train.ResumeError, match="was not streamed"):
+        train.main([*more, *allowed("data", "data.streaming", "train.steps")])
+
+
+def test_fewer_steps_than_are_done_and_no_evaluation(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture):
+    """The last line once asked for a figure of an evaluation that never was."""
+    run = tmp_path / "run"
+    train.main(options(corpus, run, "--train.steps=9", "--train.eval_every=100"))
+    shutil.rmtree(run / "checkpoints" / "step-00000009")
+    train.main([*options(corpus, run, "--train.steps=6", "--train.eval_every=100"), *allowed("train.steps")])
+    assert "not evaluated" in capfd.readouterr().err
 
 
 def test_a_mistake_is_one_line(corpus: Path, tmp_path: Path):
