@@ -37,6 +37,7 @@ from plan import micro_rows
 from train import LanguageModeling, micro_batches, train_step
 
 TURNS = 7
+IDS = 2048  # of the tokenizer that conversations are cut with; the model may have more, as padded vocabularies do
 SFT_STEPS, SFT_TURNS = 10, 3  # optimizer steps of a turn, the first of which does not count; processes of each side
 NEAR, FAR = 64, 512  # cached tokens between which the time of one more should not grow
 
@@ -192,7 +193,7 @@ def sft(argv: list[str]) -> None:
         folder = Path(cfg.finetune.base_ckpt or Path(scratch) / "base")
         if cfg.finetune.base_ckpt is None:  # random weights train as fast
             torch.manual_seed(cfg.run.seed)
-            export(GPT(cfg.model), prepare(cfg.data, cfg.model.vocab_size).tokenizer, folder)
+            export(GPT(cfg.model), prepare(cfg.data, min(cfg.model.vocab_size, IDS)).tokenizer, folder)
         for _ in range(SFT_TURNS):
             for side in sides:
                 command = [sys.executable, __file__, "sft-side", side, str(folder), *argv]
