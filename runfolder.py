@@ -208,7 +208,8 @@ def _prune(run: Path, step: int, keep: int, best: int | None, warn: Callable[[st
     kept = {best, *[step, *whole][: max(1, keep)]}
     unwanted = [folder for number, folder in steps.items() if number < step and number not in kept]
     unwanted += [path for path in parent.iterdir() if path.name.startswith((TEMPORARY, DELETED, REPLACED))]
-    unwanted += [path for path in run.iterdir() if path.name.startswith((TEMPORARY, DELETED))]
+    unwanted += [path for path in run.iterdir() if path.name.startswith(TEMPORARY) and path.is_file()]
+    unwanted += run.glob(f"{DELETED}*")
     for path in unwanted:
         try:
             _delete(path)
