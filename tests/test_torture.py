@@ -159,6 +159,38 @@ def test_a2_killed_in_each_mode(starter: Starter, corpus: Path, tmp_path: Path, 
     kill_and_compare(starter, corpus, tmp_path, 5, *MODES[mode], seed=3)
 
 
+@pytest.fixture(scope="module")
+def rows_of_text(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same thirty documents as a source of each kind that can be streamed."""
+    import pyarrow
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("rows")
+    texts = [path.read_text() for path in sorted(corpus.glob("*.txt"))]
+    (folder / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "parquet").mkdir()
+    parquet.write_table(pyarrow.table({"text": texts}), folder / "parquet" / "train.parquet")
+    (folder / "jsonl").mkdir()
+    shutil.copy(folder / "plain.jsonl", folder / "jsonl" / "train.jsonl")
+    return {
+        "lines": str(folder / "plain.jsonl"),
+        "data set of parquet": f"hf:{folder / 'parquet'}",
+        "data set of jsonl": f"hf:{folder / 'jsonl'}",
+    }
+
+
+@pytest.mark.parametrize("streaming", ["true", pytest.param("false", marks=slow)])
+@pytest.mark.parametrize(
+    "kind", ["lines", pytest.param("data set of parquet", marks=slow), pytest.param("data set of jsonl", marks=slow)]
+)
+def test_d07_killed_in_the_middle_of_a_stream(
+    starter: Starter, corpus: Path, rows_of_text: dict[str, str], tmp_path: Path, kind: str, streaming: str
+):
+    """A stream has no index to go back to: it once began again with its first document after every stop."""
+    more = (f"--data.train={rows_of_text[kind]}", f"--data.streaming={streaming}")
+    kill_and_compare(starter, corpus, tmp_path, 2, *more)
+
+
 def test_story_no_batch_is_read_again_after_a_resume(starter: Starter, corpus: Path, reference: Path, tmp_path: Path):
     """nanoGPT seeds its global random numbers alike at each start and draws its batches from them. A run that is
     resumed at step 10,000 is therefore fed the batches of steps 0, 1, 2 ... once more, and what it would have seen next
