@@ -3,8 +3,9 @@
     python chat.py                                   what a configuration names, counted
     python chat.py show --chat.train=mine.jsonl      and the first batch, trained and masked tokens told apart
 
-A source is builtin:docstrings (instruction -> function, from the standard library of the running Python), or rows of
-.jsonl .jsonl.gz .jsonl.zst .parquet or a Hugging Face data set, each of which has one of these shapes:
+A source is builtin:docstrings (instruction -> function, from the standard library of the running Python),
+builtin:tasks (small questions and orders: see tasks.py), or rows of .jsonl .jsonl.gz .jsonl.zst .parquet or a Hugging
+Face data set, each of which has one of these shapes:
 
     {"messages": [{"role": "system" | "user" | "assistant", "content": TEXT}, ...]}
     {"conversations": [{"from": "system" | "human" | "gpt", "value": TEXT}, ...]}
@@ -42,12 +43,14 @@ from corpus import (
     listed,
     prepare,
     python_files,
+    require,
     row_object,
     split_by_hash,
     type_name,
     weighted,
 )
-from data import IGNORE, Batch, random_key, show, shuffled, token_sha
+from data import IGNORE, Batch, random_key, show, shuffled, token_sha, write_text
+from tasks import TASKS, conversations
 from tokenizer import DataError, Tokenizer, Turn, chat_turns, joined, load_tokenizer
 
 DOCSTRINGS = "builtin:docstrings"
@@ -69,17 +72,12 @@ class ChatConfig:
     pack: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.train and all(self.train), "train", "at least one source", self.train)
-        _require(all(self.val), "val", "sources", self.val)
+        require(self.train and all(self.train), "train", "at least one source", self.train)
+        require(all(self.val), "val", "sources", self.val)
         plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
-        _require(plain is None, "train", "sources without weights", plain)
-        _require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        _require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
-
-
-def _require(holds: object, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+        require(plain is None, "train", "sources without weights", plain)
+        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
+        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
 
 
 # --- rows to messages -------------------------------------------------------------------------------------------------
@@ -332,7 +330,10 @@ class _Examples:
     def _conversations(self, sources: list[str], key: str) -> Iterator[tuple[str, list[Message]]]:
         if DOCSTRINGS in sources:
             yield from _docstring_rows(self.audit)
-            sources = [source for source in sources if source != DOCSTRINGS]
+        if TASKS in sources:
+            for number, row in enumerate(conversations(), start=1):
+                yield f"{TASKS}:{number}", conversation(row)
+        sources = [source for source in sources if source not in (DOCSTRINGS, TASKS)]
         inputs = expand(sources, key)
         if inputs:
             cfg = DataConfig(train=tuple(sources), split=self.cfg.split, on_error=self.cfg.on_error)
@@ -521,7 +522,7 @@ def main(argv: list[str]) -> None:
     if wants_sample:
         batches = ChatBatches(found.train, cfg.train.seq_len, 2, cfg.run.seed, pack=cfg.chat.pack)
         text = show(batches(0), tokenizer, sys.stdout.isatty())
-        print(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+        write_text(text)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 
 from chat import ChatConfig
-from corpus import DataConfig
+from corpus import DataConfig, require
 from lora import LoraConfig
 from model import ModelConfig, Sampling
+from tasks import INJECTIONS
+from triplets import ContrastConfig
 
 DEFECT = 1  # exit code of an error of the program
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -56,13 +58,13 @@ class RunConfig:
     allow_change: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, "seed", "0 .. 2**63 - 1", self.seed)
+        require(0 <= self.seed < 2**63, "seed", "0 .. 2**63 - 1", self.seed)
         known = re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", self.device)
-        _require(known, "device", "auto, cpu, mps, cuda or cuda:N", self.device)
-        _require(self.dir.strip(), "dir", "a folder", self.dir)
-        _require(self.keep >= 1, "keep", "1 or more", self.keep)
-        _require(self.save_every >= 1, "save_every", "1 or more", self.save_every)
-        _require(not self.overwrite or self.resume == "never", "overwrite", "resume never beside it", self.resume)
+        require(known, "device", "auto, cpu, mps, cuda or cuda:N", self.device)
+        require(self.dir.strip(), "dir", "a folder", self.dir)
+        require(self.keep >= 1, "keep", "1 or more", self.keep)
+        require(self.save_every >= 1, "save_every", "1 or more", self.save_every)
+        require(not self.overwrite or self.resume == "never", "overwrite", "resume never beside it", self.resume)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_tokens", "eval_every", "eval_tokens", "log_every"):
-            _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
         for name in (
             "warmup_steps",
             "sample_tokens",
@@ -108,17 +110,17 @@ class TrainConfig:
             "plateau_patience",
             "patience",
         ):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("lr", "eps", "clip", "plateau_threshold"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("beta1", "beta2", "decay_share", "floor"):
-            _require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
-        _require(0 < self.plateau_factor < 1, "plateau_factor", "between 0 and 1", self.plateau_factor)
-        _require(self.plateau_cooldown >= 0, "plateau_cooldown", "0 or more", self.plateau_cooldown)
-        _require(self.warmup_steps <= self.steps, "warmup_steps", f"at most steps {self.steps}", self.warmup_steps)
+            require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
+        require(0 < self.plateau_factor < 1, "plateau_factor", "between 0 and 1", self.plateau_factor)
+        require(self.plateau_cooldown >= 0, "plateau_cooldown", "0 or more", self.plateau_cooldown)
+        require(self.warmup_steps <= self.steps, "warmup_steps", f"at most steps {self.steps}", self.warmup_steps)
         rows = self.batch_tokens % self.seq_len
-        _require(rows == 0, "batch_tokens", f"a multiple of seq_len {self.seq_len}", self.batch_tokens)
-        _require(
+        require(rows == 0, "batch_tokens", f"a multiple of seq_len {self.seq_len}", self.batch_tokens)
+        require(
             self.micro_batch == "auto" or self.micro_batch >= 1, "micro_batch", "auto or 1 and more", self.micro_batch
         )
 
@@ -131,7 +133,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     base_ckpt: str | None = None
-    objective: Literal["sft"] = "sft"
+    objective: Literal["sft", "contrast"] = "sft"
     show_data: bool = False
     steps: int = 400
     seq_len: int = 256
@@ -181,17 +183,33 @@ class InferConfig:
 
     def __post_init__(self) -> None:
         self.sampling()
-        _require(self.top_p > 0, "top_p", "above 0 (1: off)", self.top_p)
-        _require(self.num_samples >= 1, "num_samples", "1 or more", self.num_samples)
+        require(self.top_p > 0, "top_p", "above 0 (1: off)", self.top_p)
+        require(self.num_samples >= 1, "num_samples", "1 or more", self.num_samples)
         enough = self.min_new_tokens <= self.max_new_tokens
-        _require(enough, "min_new_tokens", f"at most max_new_tokens {self.max_new_tokens}", self.min_new_tokens)
+        require(enough, "min_new_tokens", f"at most max_new_tokens {self.max_new_tokens}", self.min_new_tokens)
         used = self.chat or self.instruct or self.system is None
-        _require(used, "system", "chat or instruct beside it", self.system)
+        require(used, "system", "chat or instruct beside it", self.system)
 
     def sampling(self, **more: Any) -> Sampling:
         """The part that chooses tokens, which has its own checks; `more` is what only the caller knows (eos, seed)."""
         shared = {field.name for field in fields(Sampling)} & {field.name for field in fields(self)}
         return Sampling(**{name: getattr(self, name) for name in shared}, **more)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    ckpt: str | None = None
+    suite: Literal["injection"] = "injection"
+    base: str | None = None
+    data: tuple[str, ...] = (f"{INJECTIONS}-test",)
+    limit: int = 0
+    answer_tokens: int = 24
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.data and all(self.data), "data", "at least one source", self.data)
+        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
+        require(self.answer_tokens >= 1, "answer_tokens", "1 or more", self.answer_tokens)
 
 
 @dataclass(frozen=True)
@@ -203,8 +221,10 @@ class Config:
     train: TrainConfig
     finetune: FinetuneConfig
     lora: LoraConfig
+    contrast: ContrastConfig
     log: LogConfig
     infer: InferConfig
+    eval: EvalConfig
 
 
 def load_config(argv: Sequence[str], section: str, path: Path | None = None, usage: str | None = None) -> Config:
@@ -636,8 +656,3 @@ def _unknown(name: str, known: Iterable[str], kind: str = "key") -> str:
     if re.search(r"(api_?key|token|password|passwd|secret|credential)s?$", name, re.IGNORECASE):
         return f"unknown {kind}; secrets belong in the environment, never in a configuration"
     return f"unknown {kind}"
-
-
-def _require(holds: object, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")

@@ -62,21 +62,22 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         weights = [weight for _, weight in map(weighted, self.train)]
-        _require(self.train, "train", "at least one source", "none")
-        _require(all(name for name, _ in map(weighted, self.train)) and all(self.val), "train", "sources", "''")
+        require(self.train, "train", "at least one source", "none")
+        require(all(name for name, _ in map(weighted, self.train)) and all(self.val), "train", "sources", "''")
         for source, weight in zip(self.train, weights, strict=True):
-            _require(weight is None or 0 < weight < math.inf, "train", "a weight above 0 and finite", source)
-        _require(
+            require(weight is None or 0 < weight < math.inf, "train", "a weight above 0 and finite", source)
+        require(
             len({weight is None for weight in weights}) < 2, "train", "a weight for each source or none", self.train
         )
-        _require(len(weights) <= 32 or weights[0] is None, "train", "at most 32 weighted sources", len(weights))
+        require(len(weights) <= 32 or weights[0] is None, "train", "at most 32 weighted sources", len(weights))
         plain = next((name for name in self.val if weighted(name)[1] is not None), None)
-        _require(plain is None, "val", "sources without weights", plain)
-        _require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        _require(self.workers >= 0, "workers", "0 (all cores) or more", self.workers)
+        require(plain is None, "val", "sources without weights", plain)
+        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
+        require(self.workers >= 0, "workers", "0 (all cores) or more", self.workers)
 
 
-def _require(holds: object, name: str, expected: str, got: object) -> None:
+def require(holds: object, name: str, expected: str, got: object) -> None:
+    """Of a key of a configuration."""
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
@@ -290,7 +291,7 @@ class RowReader:
             self.leave_out("unreadable" if item.lenient else "malformed", f"{item.name}:{row}")
             return
         line = getattr(error, "line", None) or row
-        raise DataError(f"{item.name}:{line}: {_reason(error)}") from None
+        raise DataError(f"{item.name}:{line}: {reason(error)}") from None
 
 
 class Reader(RowReader):
@@ -335,7 +336,7 @@ class Reader(RowReader):
         yield Piece(held, split, True, cursor, self._position())
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"expected UTF-8 text, got byte {error.object[error.start]:#04x}"
     if isinstance(error, json.JSONDecodeError):
@@ -421,7 +422,7 @@ def _file_pieces(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 line = lines + error.object.count(b"\n", 0, error.start)
                 hint = " (UTF-16?)" if lines == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-                raise BadRow(_reason(error) + hint, line) from None
+                raise BadRow(reason(error) + hint, line) from None
             cut = (text.rfind("\n") + 1 or len(text)) if following else len(text)
             yield text[:cut]
             held, lines, block = text[cut:], lines + block.count(b"\n"), following

@@ -3,6 +3,7 @@
     python data.py prepare --data.train='corpus/*.jsonl'    tokenise what a configuration names
     python data.py show                                     a sample of what the model will be trained on
     python data.py bench                                    the rate of `prepare` beside that of tiktoken alone
+    python data.py check triplets.jsonl                     whether triplets for contrastive fine-tuning are sound
 
 Letters in shapes: B rows, T tokens of a row (seq_len), V ids.
 """
@@ -374,6 +375,12 @@ def show(batch: Batch, tokenizer: Tokenizer, colour: bool) -> str:
     return "\n".join(lines)
 
 
+def write_text(text: str) -> None:
+    """To stdout, whatever characters its encoding has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def _readable(ids: list[int], tokenizer: Tokenizer) -> str:
     """Text of ids; a control token many times over, as at the end of a row that is filled up, stands there once."""
     parts = []
@@ -426,14 +433,31 @@ def _seconds(action: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - clock, time.process_time() - used
 
 
-def main(argv: list[str]) -> None:
+def check(argv: list[str]) -> int:
+    """Validates triplets: those of the files in front of the options, else those that the configuration names."""
+    from config import load_config
+    from triplets import check_triplets
+
+    files = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    rest = [
+        *(f"--contrast.train={name}" for name in files if not name.endswith((".yaml", ".yml"))),
+        *argv[len(files) :],
+    ]
+    own = [name for name in files if name.endswith((".yaml", ".yml"))]
+    usage = "python data.py check [TRIPLETS ...] [--contrast.val TRIPLETS] [--key=value ...]"
+    return check_triplets(load_config([*own, *rest], "contrast", usage=usage).contrast)
+
+
+def main(argv: list[str]) -> int:
     # The one look upwards: as a program this file reads the configuration, which itself is made of our DataConfig.
     from config import ConfigError, load_config
 
-    usage = "python data.py prepare|show|bench [FILE.yaml] [--preset NAME] [--key=value ...]"
+    usage = "python data.py prepare|show|bench|check [FILE.yaml] [--preset NAME] [--key=value ...]"
     command = argv[0] if argv else "--help"
-    if command not in ("prepare", "show", "bench", "-h", "--help"):
-        raise ConfigError(f"{command}: expected prepare, show or bench ({usage})")
+    if command not in ("prepare", "show", "bench", "check", "-h", "--help"):
+        raise ConfigError(f"{command}: expected prepare, show, bench or check ({usage})")
+    if command == "check":
+        return check(argv[1:])
     cfg = load_config([command, *argv[1:]] if command.startswith("-") else argv[1:], "data", usage=usage)
     prepared = prepare(cfg.data, cfg.model.vocab_size)
     tokenizer = prepared.tokenizer
@@ -451,7 +475,8 @@ def main(argv: list[str]) -> None:
         batches = open_batches(cfg.data, prepared, length, 2, cfg.run.seed)
         text = show(batches(0), tokenizer, sys.stdout.isatty())
         print(f"epoch      {batches.steps_per_epoch * 2:,} rows of {length} tokens; [- -] is read, but not trained")
-        print(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+        write_text(text)
+    return 0
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ def wrap(objective: nn.Module, world: World, parallel: str) -> nn.Module:
     return DistributedDataParallel(objective, device_ids=devices)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The inverse of `wrap`: fsdp changes a module in its place."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
 @contextmanager
 def sync_gradients(module: nn.Module, now: bool) -> Iterator[None]:
     """Average gradients over the ranks only in the backward of a step's last micro-batch."""

@@ -1,36 +1,70 @@
-"""Supervised fine-tuning: the loop of train.py with other batches, from weights that exist.
+"""Fine-tuning: the loop of train.py with other batches, and if need be another objective, from weights that exist.
 
     python finetune.py --base_ckpt runs/base                         a run, a Hugging Face folder or a hub id
     python finetune.py --base_ckpt runs/base --lora.rank 8           adapters instead of all weights
     python finetune.py --base_ckpt runs/base --show_data             what would be trained on, and what only read
+    python finetune.py --base_ckpt runs/sft --objective contrast     to withstand injected instructions
 
 Only assistants' turns are trained, each with the token that ends it. Conversations are packed into rows in which none
 sees another. After the warm-up the rate falls when the validation loss stops falling, and the run ends by `patience`.
+
+`contrast` trains the answers to a request, to the same reworded, and to the same with an injected instruction, and
+beside them representations of these requests: see contrast.py, triplets.py and injection.py.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from chat import ChatBatches, ChatData, chat_windows, prepare_chat
 from checkpoint import hash_weights, load_model, read_adapter, resolve, write_adapter
 from config import Config, ConfigError, FinetuneConfig, check, check_context, load_config, run_script
-from data import show
-from distributed import World, ranks, start, stop
+from contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
+from data import Batch, show, write_text
+from distributed import World, ranks, start, stop, total, unwrapped, whole
+from injection import INJECTED, Score, examine, refuse_unmeasurable, represented, score
 from log import Peak, say
 from lora import LoraConfig, apply_lora, lora_state
-from model import GPT
-from tokenizer import Tokenizer
-from train import LanguageModeling, ResumeError, Trainer, WholeModel, assemble, main_first, run, written
+from model import GPT, IGNORE
+from tokenizer import Tokenizer, load_tokenizer
+from train import (
+    Exam,
+    LanguageModeling,
+    Micro,
+    ResumeError,
+    StepLoss,
+    Trainer,
+    WholeModel,
+    assemble,
+    main_first,
+    run,
+    written,
+)
+from triplets import (
+    ContrastConfig,
+    Tokenised,
+    TripletBatches,
+    numbered,
+    prepare_triplets,
+    row_width,
+    spread,
+    triplet_windows,
+)
 
 # Frozen weights have no gradients, packed rows attend to less, and logits are computed for trained tokens alone.
 UNCOUNTED = Peak(None, "n/a, since a step of fine-tuning computes less than `flops_per_token` counts")
-SECTIONS = ("run", "finetune", "chat", "lora")  # of the configuration, which decide what comes out
+POINT = 0.01  # of utility, which robustness may cost
+
+
+# --- what a checkpoint holds ------------------------------------------------------------------------------------------
 
 
 class AdapterOnly(WholeModel):
@@ -53,6 +87,31 @@ class AdapterOnly(WholeModel):
         if stored.base_hash != self.base_hash:
             raise ResumeError(f"{folder}: belongs to base weights {stored.base_hash}, got {self.base} {self.base_hash}")
         return stored.tensors
+
+
+class WithHead(WholeModel):
+    """What another store keeps, and a head in a file of its own."""
+
+    def __init__(self, inner: WholeModel, head: ProjectionHead):
+        self.inner, self.head, self.loaded_by = inner, head, inner.loaded_by
+
+    def tensors(self, model: GPT) -> dict[str, Tensor]:
+        return self.inner.tensors(model) | {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+
+    def write(self, trainer: Trainer, tensors: dict[str, Tensor], folder: Path) -> None:
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+        self.inner.write(trainer, {name: tensor for name, tensor in tensors.items() if name not in own}, folder)
+        save_file({name: tensor.contiguous() for name, tensor in own.items()}, folder / HEAD)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        if not (folder / HEAD).is_file():
+            raise ResumeError(
+                f"{folder}: expected {HEAD}, the head that was trained beside the model, but it is missing"
+            )
+        return self.inner.read(folder) | load_file(folder / HEAD)
+
+
+# --- where it starts --------------------------------------------------------------------------------------------------
 
 
 def base_of(loop: FinetuneConfig) -> Path:
@@ -83,16 +142,21 @@ def refuse_own_base(cfg: Config) -> None:
         raise ConfigError(f"finetune.base_ckpt: {cfg.finetune.base_ckpt} is in the run folder (--run.dir for another)")
 
 
-def answer(data: ChatData) -> Any:
-    """A sampler: what the model answers to the first validation prompt."""
-    example = data.val[0]
-    prompt = list(example.ids[: list(example.mask).index(True)])
+def store_of(cfg: Config, base: str, base_hash: str) -> WholeModel:
+    return AdapterOnly(cfg.lora, base, base_hash) if cfg.lora.rank else WholeModel()
+
+
+def answer(prompt: list[int]) -> Callable[[Trainer], str]:
+    """A sampler: what the model answers to a prompt."""
 
     def sample(trainer: Trainer) -> str:
         ids = prompt[-(trainer.model.cfg.context - 1) :]
         return written(trainer, ids, sorted(trainer.tokenizer.stop_ids))
 
     return sample
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
 
 
 def open_chat(cfg: Config, data: ChatData, rows: int) -> ChatBatches:
@@ -109,22 +173,161 @@ def build(cfg: Config, world: World) -> Trainer:
     torch.manual_seed(cfg.run.seed)
     apply_lora(model, cfg.lora)
     objective = LanguageModeling(model.to(world.device), {"z_loss": loop.z_loss})
-    store = AdapterOnly(cfg.lora, base, base_hash) if cfg.lora.rank else WholeModel()
-    return assemble(cfg, loop, world, objective, tokenizer, batches, windows, answer(data), store, UNCOUNTED)
+    example = data.val[0]
+    sample = answer(example.ids[: example.mask.tolist().index(True)].tolist())
+    store = store_of(cfg, base, base_hash)
+    return assemble(cfg, loop, world, objective, tokenizer, batches, windows, sample, store, UNCOUNTED)
+
+
+# --- triplets ---------------------------------------------------------------------------------------------------------
+
+
+class Contrast(LanguageModeling):
+    """The task on three streams of each triplet, and a contrast between their requests.
+
+    The contrast is over all triplets of a step, in whichever micro-batch and on whichever rank their streams lie. So
+    each of its forwards knows the representations of the others as constants: its gradient is that by its own, and the
+    sum over micro-batches and ranks is the gradient of the one loss (Gao and others 2021, arXiv 2101.06983).
+    """
+
+    def __init__(
+        self, model: GPT, head: ProjectionHead, cfg: ContrastConfig, penalties: dict[str, float], world: World
+    ):
+        super().__init__(model, penalties)
+        self.head, self.world, self.weight = head, world, cfg.weight
+        self.loss = loss_of(cfg.loss, cfg.temperature, (cfg.margin_benign, cfg.margin_injection))
+
+    @torch.no_grad()
+    def across(self, micros: list[Micro], wrapped: nn.Module) -> list[Micro]:
+        """Several micro-batches go through the model once more, for what each needs to know of the others."""
+        if len(micros) == 1:
+            return micros
+        devices = [micros[0].tokens.device] if micros[0].tokens.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # so that the dropout to come is the same
+            seen = [wrapped(micro.tokens, None, micro.documents, None, micro.extra) for micro in micros]
+        z, here = (total(sum(column), self.world) for column in zip(*seen, strict=True))
+        return [micro._replace(extra=(*micro.extra, z, here)) for micro in micros]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        documents: Tensor | None = None,
+        at: Tensor | None = None,
+        extra: tuple[Tensor, ...] = (),
+    ) -> StepLoss | tuple[Tensor, Tensor]:
+        """Without targets: (the representations in these rows, zeros elsewhere [3 G, P]; which those are [3 G])."""
+        weights, streams, groups, *others = extra
+        look_only = targets is None
+        if look_only:
+            targets, at = torch.full_like(tokens, IGNORE), tokens.new_empty(0)  # no logits are wanted
+        out = self.model(tokens, targets, documents=documents, at=at, weights=weights)
+        z, here = represent(self.head, out.hidden, streams, 3 * len(groups))
+        z, here = z * here[:, None], here.float()
+        if look_only:
+            return z, here
+        if not others and self.world.size > 1:
+            others = [total(z.detach().clone(), self.world), total(here.clone(), self.world)]
+        if others:
+            z, here = torch.where(here[:, None] > 0, z, others[0]), others[1]
+        z, whole = z.unflatten(0, (-1, 3)), here.unflatten(0, (-1, 3)).amin(1)
+        loss = self.loss(z, groups, whole)
+        found = figures(z.detach(), groups, whole) | {"contrast/loss": loss.detach()}
+        metrics = {"loss": out.stats["loss"], "task": out.loss.detach()}
+        return StepLoss(self.penalised(out), out.weight, metrics, self.weight * loss, found)
+
+
+class Withstanding(Exam):
+    """How often attacks succeed on validation triplets, and how well the task is done.
+
+    The best checkpoint is the one in which the fewest attacks succeed, among those that answer benign requests as well
+    as the base did, but for a point.
+    """
+
+    def __init__(self, cfg: ContrastConfig, items: list[Tokenised], model: GPT, tokenizer: Tokenizer):
+        self.items, self.most = spread(items, cfg.eval_rows), cfg.answer_tokens
+        refuse_unmeasurable(item.row for item in self.items)
+        self.floor = self._score(model, tokenizer).utility.value - POINT
+        say(f"base       answers {self.floor + POINT:.1%} of {len(self.items)} benign validation requests exactly")
+
+    def _score(self, model: GPT, tokenizer: Tokenizer) -> Score:
+        was_training = model.training
+        verdicts = examine(model.eval(), tokenizer, self.items, self.most)
+        model.train(was_training)
+        return score(verdicts)
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        found, contrast = self._score(trainer.model, trainer.tokenizer), self._contrast(trainer)
+        if contrast["contrast/collapse"] > COLLAPSED:
+            say(f"warning: unrelated requests look alike: contrast/collapse {contrast['contrast/collapse']:.3f}")
+        shares = {"attack_success": found.attack_success, "utility": found.utility}
+        shares["utility_injected"] = found.utility_injected
+        return {name: share.value for name, share in shares.items()} | contrast
+
+    def _contrast(self, trainer: Trainer) -> dict[str, float]:
+        objective = unwrapped(trainer.objective)
+        weights = {name: whole(tensor) for name, tensor in objective.head.named_parameters()}
+
+        def head(pooled: Tensor) -> Tensor:
+            return functional_call(objective.head, weights, (pooled,))
+
+        was_training = trainer.model.training
+        trainer.model.eval()
+        with trainer.autocast:
+            z, here = represented(trainer.model, head, self.items)
+        trainer.model.train(was_training)
+        groups = torch.tensor(numbered(item.row.group for item in self.items), device=z.device)
+        complete = here.float().amin(1)
+        found = figures(z, groups, complete) | {"contrast/loss": objective.loss(z, groups, complete)}
+        return {name: float(value) for name, value in found.items()}
+
+    def rank(self, result: dict[str, float]) -> list[float]:
+        shortfall = self.floor - result["utility"]
+        return [1 + shortfall if shortfall > 0 else result["attack_success"], result["loss"]]
+
+
+def build_contrast(cfg: Config, world: World) -> Trainer:
+    loop, contrast = cfg.finetune, cfg.contrast
+    model, tokenizer, base, base_hash = load_base(loop)
+    data = main_first(world, lambda: prepare_triplets(contrast, tokenizer, loop.seq_len))
+    width = row_width(data.train, loop.seq_len, loop.rows, world.size, model.cfg.context)
+    loop = replace(loop, seq_len=width)  # of rows; a stream keeps to the seq_len that was asked for
+    batches = TripletBatches(data.train, width, loop.rows, cfg.run.seed, contrast.stream_weights)
+    data.audit.padding = batches.padding
+    say(str(data.audit))
+    exam = Withstanding(contrast, data.val, model.to(world.device), tokenizer)
+    windows = triplet_windows(data.val, loop.seq_len, loop.eval_tokens)
+    torch.manual_seed(cfg.run.seed)
+    apply_lora(model, cfg.lora)
+    head = ProjectionHead(model.cfg.hidden_size, contrast.head_size).to(world.device)
+    objective = Contrast(model, head, contrast, {"z_loss": loop.z_loss}, world)
+    sample, store = answer(data.val[0].streams[INJECTED].prompt), WithHead(store_of(cfg, base, base_hash), head)
+    return assemble(cfg, loop, world, objective, tokenizer, batches, windows, sample, store, UNCOUNTED, exam)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def show_data(cfg: Config) -> None:
     """The first rows that a run would see."""
     loop = cfg.finetune
-    _, tokenizer, _, _ = load_base(loop)
-    data = prepare_chat(cfg.chat, tokenizer, loop.seq_len)
+    tokenizer = load_tokenizer(base_of(loop))
+    if loop.objective == "contrast":
+        data = prepare_triplets(cfg.contrast, tokenizer, loop.seq_len)
+        batches = TripletBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed)
+        data.audit.padding, batch = batches.padding, Batch(*(part[:2] for part in batches(0)[:3]))
+    else:
+        data = prepare_chat(cfg.chat, tokenizer, loop.seq_len)
+        batch = open_chat(cfg, data, rows=min(2, loop.rows))(0)
     say(str(data.audit))
-    batches = open_chat(cfg, data, rows=min(2, loop.rows))
-    text = show(batches(0), tokenizer, sys.stdout.isatty())
-    print(text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+    write_text(show(batch, tokenizer, sys.stdout.isatty()))
 
 
-BUILD = {"sft": build}  # by objective
+# By objective: what builds it, which sections of the configuration decide what comes out, the command to try next.
+OBJECTIVES = {
+    "sft": (build, ("run", "finetune", "chat", "lora"), 'infer.py --ckpt {} --instruct --prompt "Write a function"'),
+    "contrast": (build_contrast, ("run", "finetune", "contrast", "lora"), "eval.py --suite injection --ckpt {}"),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -137,13 +340,8 @@ def main(argv: list[str]) -> int:
     refuse_own_base(cfg)
     world = start(cfg.run.device)
     try:
-        return run(
-            cfg,
-            world,
-            BUILD[cfg.finetune.objective],
-            SECTIONS,
-            f'python infer.py --ckpt {cfg.run.dir} --instruct --prompt "Write a function"',
-        )
+        make, sections, following = OBJECTIVES[cfg.finetune.objective]
+        return run(cfg, world, make, sections, f"python {following.format(cfg.run.dir)}")
     finally:
         stop(world)
 

@@ -636,6 +636,7 @@ class GPT(nn.Module):
         allow_future: bool = False,
         length: int | None = None,
         at: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Output:
         """Run tokens [B, T] and return logits, or with targets [B, T] (already shifted, -100: none) the summed loss.
 
@@ -645,6 +646,7 @@ class GPT(nn.Module):
                    or a rule (row, query, key) -> bool. It restricts causality; with allow_future it replaces it
         length     what the rows will grow to, which dynamic rotary scaling looks at; None: the cache's length, or T
         at         [N] where the flat targets [B * T] are not -100, when that is known: no other logits are computed
+        weights    [B, T] what each target's loss is multiplied with; the sum without them is then stats["loss"]
         """
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens: expected shape (B, T) with at least one token, got {tuple(tokens.shape)}")
@@ -671,9 +673,11 @@ class GPT(nn.Module):
         if lengths is not None:
             ends = torch.tensor(counts, device=tokens.device)[:, None]
             targets = targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= ends, IGNORE)
-        loss, square = self._summed_loss(hidden, targets, at)
+        loss, square, plain = self._summed_loss(hidden, targets, at, weights)
         if self.z_loss:
             penalties["z_loss"] = square
+        if weights is not None:
+            stats["loss"] = plain.detach()
         return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -758,29 +762,38 @@ class GPT(nn.Module):
         last = torch.tensor(counts, device=hidden.device) - 1
         return hidden[torch.arange(len(last), device=hidden.device), last.clamp(min=0)][:, None]
 
-    def _summed_loss(self, hidden: Tensor, targets: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(summed cross-entropy, summed squares of log Z); at most LOGITS_PER_CHUNK logits exist at a time."""
+    def _summed_loss(
+        self, hidden: Tensor, targets: Tensor, at: Tensor | None, weights: Tensor | None = None
+    ) -> list[Tensor]:
+        """Summed (weighted) cross-entropy, squares of log Z, and cross-entropy without weights.
+
+        At most LOGITS_PER_CHUNK logits exist at a time.
+        """
         if targets.shape != hidden.shape[:2]:
             raise ValueError(f"targets: expected {tuple(hidden.shape[:2])}, got {tuple(targets.shape)}")
         rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        flat = [hidden.flatten(0, 1), targets.flatten(), *([] if weights is None else [weights.flatten()])]
         if at is not None:
-            hidden, targets = hidden[at], targets[at]
-        parts = list(zip(hidden.split(rows), targets.split(rows), strict=True))
+            flat = [tensor[at] for tensor in flat]
+        parts = list(zip(*(tensor.split(rows) for tensor in flat), strict=True))
         if len(parts) == 1 or not torch.is_grad_enabled():
             sums = [self._chunk_loss(*part) for part in parts]
         else:  # the backward makes each chunk's logits once more
             sums = [checkpoint(self._chunk_loss, *part, use_reentrant=False) for part in parts]
-        loss, square = zip(*sums, strict=True)
-        return sum(loss), sum(square)
+        return [sum(column) for column in zip(*sums, strict=True)]
 
-    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _chunk_loss(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(hidden)
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-        if not self.z_loss:
-            return loss, torch.zeros_like(loss)
-        log_z = torch.where(targets != IGNORE, logits.logsumexp(-1), 0.0)
-        return loss, log_z.square().sum()
+        square = torch.zeros((), device=logits.device)
+        if self.z_loss:
+            square = torch.where(targets != IGNORE, logits.logsumexp(-1), 0.0).square().sum()
+        if weights is None:
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+            return loss, square, loss
+        each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+        return (each * weights).sum(), square, each.sum()
 
 
 # --- initialisation ---------------------------------------------------------------------------------------------------

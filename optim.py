@@ -11,10 +11,16 @@ from config import TrainConfig
 from distributed import spread_like
 
 
-def parameter_groups(model: nn.Module, cfg: TrainConfig) -> dict[str, dict[str, nn.Parameter]]:
-    """Each trainable parameter in one group: muon (hidden matrices), decay (other matrices), plain (vectors)."""
+def parameter_groups(
+    model: nn.Module, cfg: TrainConfig, head: nn.Module | None = None
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Each trainable parameter in one group: muon (hidden matrices), decay (other matrices), plain (vectors).
+
+    head: what is trained beside the model, under names of its own
+    """
     groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "decay": {}, "plain": {}}
-    for name, parameter in model.named_parameters():
+    beside = head.named_parameters(prefix="head") if head is not None else ()
+    for name, parameter in (*model.named_parameters(), *beside):
         if not parameter.requires_grad:
             continue
         hidden = ".layers." in name and parameter.dim() == 2

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from config import Config, TrainConfig
 from distributed import World, least
@@ -18,14 +19,18 @@ CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a C
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
 
 
-def memory_estimate(model: GPT, train: TrainConfig, rows: int, shards: int = 1) -> dict[str, float]:
+def memory_estimate(
+    model: GPT, train: TrainConfig, rows: int, shards: int = 1, head: nn.Module | None = None
+) -> dict[str, float]:
     """Bytes on one device: fp32 weights, gradients and optimizer state, activations and logits of one micro-batch.
 
     model: its shape and which of its parameters train; it may be on the meta device
     shards: ranks among which weights, gradients and state are spread
+    head: what is trained beside the model
     """
     m, tokens = model.cfg, rows * train.seq_len
-    sizes = {kind: sum(p.numel() for p in ps.values()) for kind, ps in parameter_groups(model, train).items()}
+    sizes = {kind: sum(p.numel() for p in ps.values()) for kind, ps in parameter_groups(model, train, head).items()}
+    beside = sum(p.numel() for p in head.parameters()) if head is not None else 0
     trained, muon = sum(sizes.values()), sizes.get("muon", 0)
     q_size, kv_size = m.num_attention_heads * m.head_size, m.num_key_value_heads * m.head_size
     # Kept for the backward of one layer and token, in fp32: two norms and their inputs (6 E), q k v before and after
@@ -33,7 +38,7 @@ def memory_estimate(model: GPT, train: TrainConfig, rows: int, shards: int = 1) 
     layer = 6 * m.hidden_size + 3 * q_size + 4 * kv_size + 4 * m.intermediate_size
     kept = m.hidden_size * m.num_hidden_layers + layer if train.checkpoint_activations else layer * m.num_hidden_layers
     return {
-        "weights": 4 * sum(p.numel() for p in model.parameters()) / shards,
+        "weights": 4 * (sum(p.numel() for p in model.parameters()) + beside) / shards,
         "gradients": 4 * trained / shards,
         "optimizer": (8 * (trained - muon) + 4 * muon) / shards,
         "activations": 4 * tokens * kept,
@@ -53,7 +58,7 @@ def free_memory(device: torch.device) -> float:
     return float(pages * os.sysconf("SC_PAGE_SIZE")) or math.inf
 
 
-def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World) -> int:
+def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World, head: nn.Module | None = None) -> int:
     """Rows per forward: the largest share of a rank's rows that fits into memory, and on a CPU into its caches.
 
     The same on all ranks, which have to come to each gradient together.
@@ -68,18 +73,26 @@ def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World) -> int
         for rows in range(1, own + 1)
         if own % rows == 0
         and rows * train.seq_len <= most
-        and sum(memory_estimate(model, train, rows, shards_of(cfg, world)).values()) <= room
+        and sum(memory_estimate(model, train, rows, shards_of(cfg, world), head).values()) <= room
     ]
     return least(max(fitting, default=1), world)
 
 
 def announce(
-    cfg: Config, train: TrainConfig, world: World, model: GPT, batches: Any, rows: int, dtype: str, peak: Peak
+    cfg: Config,
+    train: TrainConfig,
+    world: World,
+    model: GPT,
+    batches: Any,
+    rows: int,
+    dtype: str,
+    peak: Peak,
+    head: nn.Module | None = None,
 ) -> None:
     """What is about to happen, in seven lines."""
     size = sum(p.numel() for p in model.parameters())
-    estimate = memory_estimate(model, train, rows, shards_of(cfg, world))
-    groups = parameter_groups(model, train)
+    estimate = memory_estimate(model, train, rows, shards_of(cfg, world), head)
+    groups = parameter_groups(model, train, head)
     named = {"muon": "matrices by Muon", "decay": f"with weight decay {train.weight_decay:g}", "plain": "without"}
     micro = -(-train.rows // world.size // rows)
     flops = flops_per_token(model.cfg, train.seq_len)

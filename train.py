@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from chat import ChatBatches
 from checkpoint import load_model, write_folder
 from config import Config, ConfigError, TrainConfig, check, dump, exit_code_of, load_config, run_script
 from corpus import prepare
@@ -41,11 +42,12 @@ from distributed import (
     stop,
     sync_gradients,
     total,
+    unwrapped,
     whole,
     wrap,
 )
 from log import MetricLog, Peak, Speed, peak_of, say
-from model import GPT, IGNORE, generate
+from model import GPT, IGNORE, Output, generate
 from optim import Optimizers, Plateau, lr_at, parameter_groups
 from plan import announce, micro_rows
 from runfolder import (
@@ -65,6 +67,7 @@ from runfolder import (
     write_status,
 )
 from tokenizer import Tokenizer, escape_terminal
+from triplets import TripletBatch, TripletBatches
 
 SECTIONS = ("run", "model", "data", "train")  # of the configuration, which decide what comes out of train.py
 PREEMPTED = 75  # exit code: stopped by a signal, everything saved
@@ -81,6 +84,8 @@ class StepLoss(NamedTuple):
     total: Tensor  # summed over the targets, penalties included: this is back-propagated
     weight: Tensor  # number of targets
     metrics: dict[str, Tensor]  # sums that are logged as averages over the targets
+    shared: Tensor | None = None  # a loss over the whole batch: back-propagated too, neither summed up nor divided
+    figures: dict[str, Tensor] | None = None  # of the whole batch: logged as they are
 
 
 class LanguageModeling(nn.Module):
@@ -88,15 +93,27 @@ class LanguageModeling(nn.Module):
 
     def __init__(self, model: GPT, penalties: dict[str, float]):
         super().__init__()
+        self.head: nn.Module | None = None  # what is trained beside the model
         self.model, self.penalties = model, {name: weight for name, weight in penalties.items() if weight}
         model.z_loss = "z_loss" in self.penalties
 
+    def across(self, micros: list[Micro], wrapped: nn.Module) -> list[Micro]:
+        """The micro-batches of a step, before the first of them: where an objective needs to know of all of them."""
+        return micros
+
     def forward(
-        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, at: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+        at: Tensor | None = None,
+        extra: tuple[Tensor, ...] = (),
     ) -> StepLoss:
         out = self.model(tokens, targets, documents=documents, at=at)
-        extra = [weight * out.penalties[name] for name, weight in self.penalties.items()]
-        return StepLoss(sum(extra, out.loss), out.weight, {"loss": out.loss.detach()})
+        return StepLoss(self.penalised(out), out.weight, {"loss": out.loss.detach()})
+
+    def penalised(self, out: Output) -> Tensor:
+        return sum((weight * out.penalties[name] for name, weight in self.penalties.items()), out.loss)
 
 
 # --- how it is minimised ----------------------------------------------------------------------------------------------
@@ -109,15 +126,18 @@ class Micro(NamedTuple):
     targets: Tensor  # [B, T]
     documents: Tensor | None  # [B, T]
     at: Tensor | None  # [N] positions with a target, where there are others; found on the host, which knows for free
+    extra: tuple[Tensor, ...] = ()  # what else an objective wants to know
 
 
-def micro_batches(batch: Batch, rows: int, device: torch.device) -> list[Micro]:
+def micro_batches(batch: Batch | TripletBatch, rows: int, device: torch.device) -> list[Micro]:
+    """A batch cut into rows, with what is not of single rows in each of its parts."""
     micros = []
     for first in range(0, len(batch.tokens), rows):
-        part = [None if t is None else t[first : first + rows] for t in batch]
+        part = [t if t is None or t.dim() < 2 else t[first : first + rows] for t in batch]
         kept = (part[1] != IGNORE).flatten()
         at = None if kept.all() else kept.nonzero().squeeze(1)
-        micros.append(Micro(*(None if t is None else to_device(t, device) for t in (*part, at))))
+        moved = [None if t is None else to_device(t, device) for t in (*part[:3], at, *part[3:])]
+        micros.append(Micro(*moved[:4], tuple(moved[4:])))
     return micros
 
 
@@ -149,11 +169,13 @@ def train_step(
     """
     weight = total(sum((micro.targets != IGNORE).sum() for micro in micros).float(), world).clamp(min=1)
     sums: dict[str, Tensor] = {}
+    with autocast:
+        micros = unwrapped(objective).across(micros, objective)
     for number, micro in enumerate(micros, start=1):
         with sync_gradients(objective, now=number == len(micros)), autocast:
             out = objective(*micro)
-            # The ranks' gradients are averaged, so each counts `size` times.
-            scaler.scale(out.total * (world.size / weight)).backward()
+            loss = out.total / weight if out.shared is None else out.total / weight + out.shared
+            scaler.scale(loss * world.size).backward()  # the ranks' gradients are averaged
         for name, value in out.metrics.items():
             sums[name] = sums.get(name, 0) + value.detach()
     for optimizer in optimizers.members:
@@ -164,7 +186,7 @@ def train_step(
     scaler.update()  # lowers its scale where `unscale_` has met what is not finite
     optimizers.zero_grad()
     metrics = {name: total(value.clone(), world) / weight for name, value in sums.items()}
-    return metrics | {"grad_norm": norm, "targets": weight, "skipped": skip}
+    return metrics | (out.figures or {}) | {"grad_norm": norm, "targets": weight, "skipped": skip}
 
 
 # --- how well it does -------------------------------------------------------------------------------------------------
@@ -194,14 +216,17 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
         real = window.targets[window.targets != IGNORE]
         counts, sizes = counts + len(real), sizes + int(bytes_of[real].sum())
     model.train(was_training)
-    nats = torch.stack(losses).double().sum() if world.device.type != "mps" else torch.stack(losses).sum()
-    sums = torch.tensor([float(nats), counts, sizes], dtype=torch.float64)  # the device is asked once
+    nats = torch.stack(losses).cpu().double().sum()  # the device is asked once; an Apple GPU has no float64
+    sums = torch.tensor([float(nats), counts, sizes], dtype=torch.float64)
     nats, count, size = total(sums, world).tolist()
     loss = nats / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, size)}
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+LOSSES = ("loss", "perplexity", "bits_per_byte")
 
 
 class Preempted(Exception):
@@ -250,6 +275,20 @@ class WholeModel:
         return load_model(folder)[0].state_dict()
 
 
+class Exam:
+    """What an evaluation finds beside the loss, and which of two evaluations is the better one: here by the loss."""
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        return {}
+
+    def rank(self, result: dict[str, float]) -> list[float]:
+        """Lower is better; later entries count where the earlier ones are equal."""
+        return [result["loss"]]
+
+
+Batches = PretrainBatches | StreamBatches | ChatBatches | TripletBatches
+
+
 class Trainer(NamedTuple):
     """What `fit` works on."""
 
@@ -259,14 +298,16 @@ class Trainer(NamedTuple):
     objective: nn.Module  # wrapped
     model: GPT
     tokenizer: Tokenizer
-    batches: PretrainBatches | StreamBatches
+    batches: Batches
     windows: list[Batch]  # to validate on
+    bytes_of: Tensor  # of each id
     sample: Callable[[Trainer], str]  # what the model writes now; all ranks call it
     rows: int  # of a micro-batch
     autocast: Any
     scaler: torch.amp.GradScaler
     speed: Speed
     store: WholeModel
+    exam: Exam
 
     @property
     def folder(self) -> Path:
@@ -276,10 +317,10 @@ class Trainer(NamedTuple):
 class Progress:
     """Where a run stands, beside its tensors. A checkpoint holds all of it."""
 
-    def __init__(self, loop: TrainConfig):
-        self.loop, self.plateau = loop, Plateau(loop)
+    def __init__(self, loop: TrainConfig, rank: Callable[[dict[str, float]], list[float]]):
+        self.loop, self.plateau, self.rank = loop, Plateau(loop), rank
         self.step = 0  # optimizer steps that are done
-        self.best: dict[str, Any] = {"step": None, "loss": math.inf}
+        self.best: dict[str, Any] = {"step": None, "loss": math.inf, "rank": [math.inf]}
         self.stale = 0  # evaluations since the best one
         self.result: dict[str, float] = {}  # of the last evaluation
 
@@ -289,8 +330,8 @@ class Progress:
         if self.step > self.loop.warmup_steps:  # a rate that still rises is not to be lowered
             self.plateau.see(result["loss"])
         self.stale += 1
-        if result["loss"] < self.best["loss"]:
-            self.best, self.stale = {"step": self.step, "loss": result["loss"]}, 0
+        if self.rank(result) < self.best["rank"]:
+            self.best, self.stale = {"step": self.step, "loss": result["loss"], "rank": self.rank(result)}, 0
 
     @property
     def over(self) -> bool:
@@ -327,7 +368,8 @@ def fit(
     changed: in which keys the run differs from the one that wrote the checkpoint; it is logged
     """
     cfg, loop, world, model = trainer.cfg, trainer.loop, trainer.world, trainer.model
-    optimizers, progress, stop = Optimizers(parameter_groups(model, loop), loop), Progress(loop), stop or Stop()
+    groups = parameter_groups(model, loop, unwrapped(trainer.objective).head)
+    optimizers, progress, stop = Optimizers(groups, loop), Progress(loop, trainer.exam.rank), stop or Stop()
     resumed = resume(trainer, source, optimizers, progress) if source else None
     log = MetricLog(cfg, loop, trainer.folder, progress.step, trainer.speed, world)
     leaving, early = False, progress.step + 3  # so that a person soon sees loss, speed and remaining time
@@ -361,9 +403,8 @@ def fit(
             if last or done % loop.eval_every == 0:
                 log.flush()
                 with log.pause():
-                    progress.see(
-                        evaluate(model, trainer.windows, token_bytes(trainer.tokenizer), world, trainer.autocast)
-                    )
+                    loss = evaluate(model, trainer.windows, trainer.bytes_of, world, trainer.autocast)
+                    progress.see(loss | trainer.exam(trainer))
                     show_progress(trainer, log, progress)
             if progress.over or leaving or done % cfg.run.save_every == 0 or progress.best["step"] == done:
                 log.flush()
@@ -376,8 +417,9 @@ def show_progress(trainer: Trainer, log: MetricLog, progress: Progress) -> None:
     """A line with the validation loss, and what the model writes at this point."""
     step, result = progress.step, progress.result
     log.event(step=step, **{f"val/{name}": value for name, value in result.items()})
+    beside = "".join(f" {name} {value:.3f}" for name, value in result.items() if name not in LOSSES)
     say(f"step {step} val/loss {result['loss']:.4f} perplexity {result['perplexity']:.2f} "
-        f"bits per byte {result['bits_per_byte']:.4f}")  # fmt: skip
+        f"bits per byte {result['bits_per_byte']:.4f}{beside}")  # fmt: skip
     if trainer.loop.sample_tokens:
         text = trainer.sample(trainer)
         log.sample(step, text)
@@ -504,9 +546,14 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
     ):
         if old != new and (name == "tokenizer" or "data" not in cfg.run.allow_change):
             raise ResumeError(f"{source}: the {name} has changed since ({old[:12]} -> {new[:12]})")
-    stored = trainer.store.read(source)
+    stored, own = trainer.store.read(source), trainer.store.tensors(model)
+    differing = [name for name in stored.keys() | own.keys() if _shape(stored, name) != _shape(own, name)]
+    if differing:
+        name = sorted(differing)[0]
+        other = f"expected {name} of shape {_shape(own, name)}, got {_shape(stored, name)}"
+        raise ResumeError(f"{source}: {len(differing)} tensors differ from this run's: {other}")
     with torch.no_grad():
-        for name, tensor in trainer.store.tensors(model).items():
+        for name, tensor in own.items():
             tensor.copy_(spread_like(stored[name], tensor))
     try:
         optimizers.load(tensors)
@@ -526,6 +573,10 @@ def resume(trainer: Trainer, source: Path, optimizers: Optimizers, progress: Pro
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in others.items())
         say(f"warning: {source} was written by other versions: {listed}; figures may differ in their last digits")
     return {"step": progress.step, "event": "resume", "from": str(source), "versions": others}
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
@@ -559,19 +610,20 @@ def assemble(
     world: World,
     objective: nn.Module,
     tokenizer: Tokenizer,
-    batches: PretrainBatches | StreamBatches,
+    batches: Batches,
     windows: list[Batch],
     sample: Callable[[Trainer], str],
     store: WholeModel,
     peak: Peak | None = None,
+    exam: Exam | None = None,
 ) -> Trainer:
     """The part of the way to `fit` that all scripts share: precision, plan, compilation, ranks."""
     model = objective.model
     model.checkpoint_activations = loop.checkpoint_activations
     dtype, reason = pick_dtype(cfg.run.dtype, world.device)
     peak = peak or peak_of(world.device, dtype)
-    rows = micro_rows(cfg, model, loop, world)
-    announce(cfg, loop, world, model, batches, rows, f"{str(dtype).removeprefix('torch.')} ({reason})", peak)
+    rows, head = micro_rows(cfg, model, loop, world, objective.head), objective.head
+    announce(cfg, loop, world, model, batches, rows, f"{str(dtype).removeprefix('torch.')} ({reason})", peak, head)
     return Trainer(
         cfg=cfg,
         loop=loop,
@@ -581,12 +633,14 @@ def assemble(
         tokenizer=tokenizer,
         batches=batches,
         windows=windows,
+        bytes_of=token_bytes(tokenizer),
         sample=sample,
         rows=rows,
         autocast=torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext(),
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         speed=Speed.of(model.cfg, loop.seq_len, peak, world.size),
         store=store,
+        exam=exam or Exam(),
     )
 
 
@@ -649,7 +703,7 @@ def run(
             trainer = build(cfg, world)
             if world.is_main:
                 stored = sum(t.numel() for t in trainer.store.tensors(trainer.model).values())
-                trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+                trained = sum(p.numel() for p in trainer.objective.parameters() if p.requires_grad)
                 check_disk(folder, 4 * stored + 8 * trained, cfg.run.keep)  # fp32, two moments
                 if cfg.run.overwrite and not source:
                     clear(folder)

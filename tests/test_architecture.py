@@ -21,15 +21,34 @@ IMPORTS = {
     "distributed": set(),
     "corpus": {"tokenizer"},
     "data": {"corpus", "tokenizer"},
-    "chat": {"corpus", "data", "tokenizer"},
-    "config": {"model", "lora", "corpus", "chat"},
+    "chat": {"corpus", "data", "tasks", "tokenizer"},
+    "tasks": set(),
+    "contrast": set(),
+    "triplets": {"chat", "corpus", "data", "tasks", "tokenizer"},
+    "config": {"model", "lora", "corpus", "chat", "tasks", "triplets"},
     "checkpoint": {"config", "lora", "model", "tokenizer"},
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
+    "injection": {"chat", "contrast", "model", "tokenizer", "triplets"},
+    "eval": {
+        "chat",
+        "checkpoint",
+        "config",
+        "contrast",
+        "distributed",
+        "injection",
+        "lora",
+        "model",
+        "runfolder",
+        "tokenizer",
+        "triplets",
+    },
     "infer": {"config", "model", "tokenizer", "checkpoint", "distributed"},
     "optim": {"config", "distributed"},
     "log": {"config", "distributed", "model", "runfolder"},
     "plan": {"config", "distributed", "log", "model", "optim"},
     "train": {
+        "chat",
+        "triplets",
         "config",
         "model",
         "tokenizer",
@@ -48,11 +67,14 @@ IMPORTS = {
         "config",
         "data",
         "distributed",
+        "contrast",
+        "injection",
         "log",
         "lora",
         "model",
         "tokenizer",
         "train",
+        "triplets",
     },
     "bench": {
         "chat",
@@ -69,7 +91,7 @@ IMPORTS = {
     },
 }
 # A file may read the configuration when it is itself the program.
-AS_PROGRAM = {("data", "config"), ("chat", "config"), ("checkpoint", "runfolder")}
+AS_PROGRAM = {("data", "config"), ("data", "triplets"), ("chat", "config"), ("checkpoint", "runfolder")}
 OPTIONAL = {"datasets", "wandb", "lm_eval", "matplotlib", "transformers", "huggingface_hub", "pyarrow", "zstandard"}
 
 
@@ -203,5 +225,7 @@ def test_k04_every_configuration_key_is_read_somewhere():
     for section, kind in get_type_hints(Config).items():
         assert is_dataclass(kind)
         for field in fields(kind):
-            read = re.search(rf"\b(?:cfg|self|train|loop|log|infer|finetune|run|data|m|model)\.{field.name}\b", code)
+            read = re.search(
+                rf"\b(?:cfg|self|train|loop|log|infer|finetune|contrast|eval|run|data|m|model)\.{field.name}\b", code
+            )
             assert read or field.name in handed_on, f"{section}.{field.name}"

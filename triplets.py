@@ -1,0 +1,646 @@
+"""Triplets for contrastive fine-tuning: a request, the same reworded, and the same with an injected instruction.
+
+    python data.py check                        the built-in set, counted and validated
+    python data.py check FILE [MORE ...]        rows of one's own; `--contrast.val FILE` checks both sides of a split
+
+A row of .jsonl (.gz, .zst), .parquet or a Hugging Face data set has these fields, or one of their aliases (ALIASES):
+
+    system, user, user_cf, user_injection, answer      text, required
+    answer_cf, answer_injection                        text; absent: `answer`
+    id, group_id                                       absent: file:line; a hash of system and user
+    context                                            text in front of all three requests, or of none
+    attack                                             {type, technique, goal, canary}, or attack_type, attack_technique
+    relation                                           "different_task" where answer_cf differs on purpose
+
+Letters in shapes: B rows, T tokens of a row (seq_len), N tokens of a stream, G triplets of a step; a triplet has three
+streams (benign, reworded, injected), each a prompt with its answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chat import Audit, Example, packed
+from corpus import (
+    ROW_FILES,
+    BadRow,
+    DataConfig,
+    Input,
+    RowReader,
+    essence,
+    expand,
+    listed,
+    reason,
+    require,
+    row_object,
+    split_by_hash,
+    type_name,
+    weighted,
+)
+from data import IGNORE, Batch, random_key, shuffled, token_sha
+from tasks import INJECTIONS, triplets
+from tokenizer import DataError, Tokenizer, chat_turns
+
+INJECTIONS_TEST = f"{INJECTIONS}-test"
+STREAMS = ("benign", "cf", "injection")
+ALIASES = {
+    "system": ("system", "system_instruction", "instruction", "system_prompt"),
+    "user": ("user", "benign_input", "user_input_benign_1", "user_input_1", "benign_1"),
+    "user_cf": ("user_cf", "benign_cf_input", "user_input_benign_2", "user_input_2", "benign_2"),
+    "user_injection": (
+        "user_injection",
+        "injection_input",
+        "user_input_injection",
+        "adversarial_input",
+        "attack_input",
+    ),
+    "answer": ("answer", "benign_output", "expected_output_1", "expected_output", "reference_output"),
+    "answer_cf": ("answer_cf", "expected_output_2"),
+    "answer_injection": ("answer_injection", "injection_output", "expected_output_injection"),
+}
+REQUIRED = ("system", "user", "user_cf", "user_injection", "answer")
+# Other people's names for a context of some prompts. All three have the same one here, or else the model could tell
+# an injected prompt by whether there is any.
+ONE_SIDED = ("benign_context", "context_benign", "context_cf", "injection_context", "context_injection")
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    train: tuple[str, ...] = (INJECTIONS,)
+    val: tuple[str, ...] = ()
+    val_fraction: float = 0.1
+    split: str = "train"
+    max_bad_rows: int = 0
+    limit: int = 0
+    loss: Literal["infonce", "margin", "linear"] = "infonce"
+    weight: float = 0.1
+    temperature: float = 0.07
+    margin_benign: float = 0.9
+    margin_injection: float = 0.2
+    head_size: int = 256
+    weight_benign: float = 1.0
+    weight_cf: float = 0.5
+    weight_injection: float = 1.0
+    eval_rows: int = 60
+    answer_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        require(self.train and all(self.train), "train", "at least one source", self.train)
+        require(all(self.val), "val", "sources", self.val)
+        plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
+        require(plain is None, "train", "sources without weights", plain)
+        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
+        for name in ("max_bad_rows", "limit"):
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("weight", "weight_benign", "weight_cf", "weight_injection"):
+            require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
+        require(self.weight_benign + self.weight_cf + self.weight_injection > 0, "weight_benign", "a weight above 0", 0)
+        require(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
+        for name in ("margin_benign", "margin_injection"):
+            require(-1 <= getattr(self, name) <= 1, name, "a cosine, -1 to 1", getattr(self, name))
+        for name in ("head_size", "eval_rows", "answer_tokens"):
+            require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+
+    @property
+    def stream_weights(self) -> tuple[float, float, float]:
+        return self.weight_benign, self.weight_cf, self.weight_injection
+
+
+# --- rows to triplets -------------------------------------------------------------------------------------------------
+
+
+class Attack(NamedTuple):
+    """What is known about an injected instruction."""
+
+    type: str = "unknown"
+    technique: str = "unknown"
+    goal: str = "canary"
+    canary: str | None = None
+    novelty: str = "seen"  # in what it is not in the training rows: family, wording, or nothing (seen)
+
+
+class Triplet(NamedTuple):
+    where: str  # file:line
+    id: str
+    group: str  # rows of one group are on one side of a split, and no negatives of each other
+    system: str
+    context: str | None
+    users: tuple[str, str, str]  # by stream
+    answers: tuple[str, str, str]
+    attack: Attack
+    relation: str
+
+    def messages(self, stream: int) -> list[dict[str, str]]:
+        """What the model is asked in a stream."""
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.request(stream)}]
+
+    def request(self, stream: int) -> str:
+        return f"{self.context}\n\n{self.users[stream]}" if self.context else self.users[stream]
+
+
+def triplet(row: Mapping[str, Any], where: str) -> Triplet:
+    """A row of any known shape. A table has every column in every row: null is as good as absent."""
+    row = {key: value for key, value in row.items() if value is not None}
+    found = {}
+    for name, aliases in ALIASES.items():
+        key = next((alias for alias in aliases if alias in row), None)
+        if key is not None:
+            found[name] = _text(row, key)
+        elif name in REQUIRED:
+            raise BadRow(f"expected {' or '.join(aliases[:2])}, got {listed(row)}")
+    blank = next((name for name in (*REQUIRED[1:4], "answer") if not found[name].strip()), None)
+    if blank is not None:
+        raise BadRow(f"{blank}: expected text, got white space")
+    one_sided = next((key for key in ONE_SIDED if key in row), None)
+    if one_sided is not None:
+        raise BadRow(f"{one_sided}: expected one context for all three prompts, under the key 'context'")
+    group = _label(row, "group_id") or _digest(found["system"], found["user"])
+    answer = found["answer"]
+    return Triplet(
+        where,
+        _label(row, "id") or where,
+        group,
+        found["system"],
+        (_text(row, "context") or None) if "context" in row else None,
+        (found["user"], found["user_cf"], found["user_injection"]),
+        (answer, found.get("answer_cf", answer), found.get("answer_injection", answer)),
+        _attack(row),
+        _label(row, "relation") or "same_task",
+    )
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise BadRow(f"{key}: expected text, got {type_name(row[key])}")
+    return row[key]
+
+
+def _label(row: Mapping[str, Any], key: str) -> str | None:
+    """A name or a number."""
+    value = row.get(key)
+    if value is not None and (not isinstance(value, str | int) or isinstance(value, bool)):
+        raise BadRow(f"{key}: expected text or a whole number, got {type_name(value)}")
+    return None if value is None else str(value)
+
+
+def _attack(row: Mapping[str, Any]) -> Attack:
+    known = row.get("attack", {})
+    if not isinstance(known, dict):
+        raise BadRow(f"attack: expected an object, got {type_name(known)}")
+    named = {"type": row.get("attack_type"), "technique": row.get("attack_technique")} | known
+    values = {key: _text(named, key) for key in Attack._fields if named.get(key) is not None}
+    if not values.get("canary", "x").strip():
+        raise BadRow("attack.canary: expected text, got white space")
+    return Attack(**values)
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256(repr([essence(text) for text in texts]).encode()).hexdigest()[:16]
+
+
+class TripletReader(RowReader):
+    """Triplets, each with its place as file:line; up to `most_bad` malformed rows are counted and left out."""
+
+    def __init__(self, cfg: DataConfig, inputs: Sequence[Input], most_bad: int, audit: Audit) -> None:
+        super().__init__(cfg, inputs)
+        self.most_bad, self.audit, self.bad = most_bad, audit, 0
+
+    def items(self, raw: Any, cursor: list[Any]) -> Iterator[Triplet]:
+        where = f"{self.inputs[cursor[0]].name}:{cursor[1]}"
+        if not isinstance(raw, bytes | dict):
+            raise DataError(f"{raw}: expected rows ({', '.join(ROW_FILES)}), got a text file")
+        yield triplet(row_object(raw), where)
+
+    def _bad(self, item: Input, row: int, error: Exception) -> None:
+        self.bad += 1
+        if self.bad > self.most_bad:
+            excess = f" (bad row number {self.bad}, contrast.max_bad_rows is {self.most_bad})" if self.most_bad else ""
+            raise DataError(f"{item.name}:{row}: {reason(error)}{excess}")
+        self.audit.rows += 1
+        self.audit.leave_out("malformed", f"{item.name}:{row}: {reason(error)}")
+
+
+def read_triplets(cfg: ContrastConfig, sources: Sequence[str], key: str, audit: Audit) -> Iterator[Triplet]:
+    """The triplets of some sources, in order."""
+    for name, test in ((INJECTIONS, False), (INJECTIONS_TEST, True)):
+        if name in sources:
+            yield from (triplet(row, f"{name}:{number}") for number, row in enumerate(triplets(test), start=1))
+    inputs = expand([source for source in sources if source not in (INJECTIONS, INJECTIONS_TEST)], key)
+    if inputs:
+        data = DataConfig(train=tuple(sources), split=cfg.split)
+        yield from TripletReader(data, inputs, cfg.max_bad_rows, audit)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+LENGTH_AUC = 0.6  # above this, the length of a prompt tells too much about whether it is injected
+
+
+class Finding(NamedTuple):
+    text: str
+    refused: bool  # else a warning
+
+
+def families(rows: Iterable[Triplet]) -> list[list[Triplet]]:
+    """Rows that share a group or a prompt, together: what must not be on two sides of a split."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    rows = list(rows)
+    for row in rows:
+        for user in row.users:
+            parent[root(_digest(user))] = root(f"group {row.group}")
+    together: dict[str, list[Triplet]] = {}
+    for row in rows:
+        together.setdefault(root(f"group {row.group}"), []).append(row)
+    return list(together.values())
+
+
+def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """How often a positive is above a negative, ties half (the area under the ROC curve; Mann and Whitney 1947)."""
+    values = np.concatenate([positive, negative])
+    order = np.sort(values)
+    ranks = (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right") + 1) / 2
+    count = len(positive)
+    return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * len(negative)))
+
+
+def straddling(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[str]:
+    """What is on both sides of a split, so that one side says nothing about how well the other was learned."""
+    found = []
+    groups = {row.group for row in train} & {row.group for row in val}
+    if groups:
+        found.append(f"{len(groups)} groups are on both sides of the split, such as {sorted(groups)[0]!r}")
+    seen = {essence(user): row.where for row in train for user in row.users}
+    same = [(seen[essence(user)], row.where) for row in val for user in row.users if essence(user) in seen]
+    if same:
+        found.append(f"{len(same)} prompts are on both sides of the split, such as {same[0][0]} and {same[0][1]}")
+    return found
+
+
+def validate(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[Finding]:
+    """What makes figures of these rows worthless, and what may."""
+    found, rows = straddling(train, val), [*train, *val]
+    other = [row.where for row in rows if row.answers[0] != row.answers[1] and row.relation != "different_task"]
+    if other:
+        found.append(
+            f"{len(other)} reworded requests have another answer, such as {other[0]} "
+            "(relation: different_task where that is meant)"
+        )
+    if len(rows) > 1:
+        found += [f"{name}: the same in all {len(rows)} rows" for name, values in _columns(rows) if len(values) == 1]
+    aside = [row.where for row in rows if row.context and 0 < sum(row.context in user for user in row.users) < 3]
+    if aside:
+        found.append(f"{len(aside)} rows repeat the context in some of their prompts alone, such as {aside[0]}")
+    findings = [Finding(text, True) for text in found]
+    auc = area_under_curve([len(row.users[2]) for row in rows], [len(row.users[0]) for row in rows])
+    if max(auc, 1 - auc) > LENGTH_AUC:
+        findings.append(Finding(f"length alone tells injected from benign prompts with an AUC of {auc:.2f}", False))
+    return findings
+
+
+def _columns(rows: Sequence[Triplet]) -> Iterator[tuple[str, set[str]]]:
+    for stream, name in enumerate(("user", "user_cf", "user_injection")):
+        yield name, {row.users[stream] for row in rows}
+    yield "answer", {row.answers[0] for row in rows}
+
+
+def split_triplets(cfg: ContrastConfig, audit: Audit) -> tuple[list[Triplet], list[Triplet]]:
+    """Rows to train on and rows to validate on, as a configuration has them."""
+    val = list(read_triplets(cfg, cfg.val, "contrast.val", audit))
+    train = []
+    for row in read_triplets(cfg, cfg.train, "contrast.train", audit):
+        train.append(row)
+        if len(train) == cfg.limit:
+            break
+    audit.rows += len(train) + len(val)
+    if not cfg.val:
+        limit, given = int(cfg.val_fraction * 2**64), train
+        train = []
+        for family in families(given):
+            digest = min(hashlib.sha256(row.group.encode()).digest()[:8] for row in family)
+            (val if split_by_hash(digest, limit) == "val" else train).extend(family)
+        place = {row.where: number for number, row in enumerate(given)}  # in the order of the files
+        train.sort(key=lambda row: place[row.where]), val.sort(key=lambda row: place[row.where])
+    for rows, name in ((train, "contrast.train"), (val, "contrast.val" if cfg.val else "contrast.val_fraction")):
+        if not rows:
+            raise DataError(f"{name}: expected at least one triplet on either side of the split, got none here")
+    return train, val
+
+
+# --- triplets to examples ---------------------------------------------------------------------------------------------
+
+
+class Stream(NamedTuple):
+    """One prompt of a triplet with its answer."""
+
+    example: Example
+    pooled: np.ndarray  # bool [N], true on the user's text: what the prompt is represented by
+    prompt: list[int]  # up to where the answer begins
+    cut: bool  # the middle of the request is left out
+
+
+class Tokenised(NamedTuple):
+    row: Triplet
+    streams: tuple[Stream, Stream, Stream]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(stream.example.ids) for stream in self.streams]
+
+
+def tokenised(row: Triplet, tokenizer: Tokenizer, size: int) -> Tokenised | None:
+    """The three streams of a triplet, each in at most `size` tokens; None where system text and answer fill that."""
+    streams = [_stream(row, number, tokenizer, size) for number in range(3)]
+    return None if None in streams else Tokenised(row, tuple(streams))
+
+
+def _stream(row: Triplet, number: int, tokenizer: Tokenizer, size: int) -> Stream | None:
+    *before, user, answer = chat_turns(
+        [*row.messages(number), {"role": "assistant", "content": row.answers[number]}], tokenizer
+    )
+    header = len(tokenizer.encode("user\n")) + 1
+    given, pooled = user.given, _user_tokens(user.given, row.users[number], tokenizer)
+    excess = sum(turn.size for turn in (*before, user, answer)) - len(answer.gap) - size
+    keep = len(given) - header - 1 - max(0, excess)  # of the request, whose middle goes
+    if keep < 1:
+        return None
+    if excess > 0:
+        first, last = _whole_characters(given, header + keep // 2, len(given) - 1 - (keep - keep // 2), tokenizer)
+        given, pooled = given[:first] + given[last:], pooled[:first] + pooled[last:]
+    front = [token for turn in before for token in turn.given + turn.gap]
+    prompt = [*front, *given, *user.gap, *answer.given]
+    ids = np.array(prompt + answer.learned, "<i4")
+    mask, pool = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+    mask[len(prompt) :] = True
+    pool[len(front) : len(front) + len(given)] = pooled
+    return Stream(Example(ids, mask, f"{row.where} ({STREAMS[number]})"), pool, prompt, excess > 0)
+
+
+def _user_tokens(given: list[int], text: str, tokenizer: Tokenizer) -> list[bool]:
+    """Which tokens of a user's turn are of the text that stands at its end: neither of the header nor of a context."""
+    sizes = [len(tokenizer.decode_bytes([token])) for token in given[1:-1]]
+    ends = np.cumsum(sizes)
+    start = ends[-1] - len(tokenizer.decode_bytes(tokenizer.encode(text)))  # as the tokenizer normalises it
+    return [False, *(ends > start).tolist(), False]
+
+
+def _whole_characters(ids: list[int], first: int, last: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    """The borders of what is cut, moved outwards until no character is cut in two."""
+
+    def broken(part: list[int]) -> bool:
+        try:
+            tokenizer.decode_bytes(part).decode("utf-8")
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    while first > 1 and broken(ids[1:first]):
+        first -= 1
+    while last < len(ids) - 1 and broken(ids[last:-1]):
+        last += 1
+    return first, last
+
+
+class TripletData(NamedTuple):
+    train: list[Tokenised]
+    val: list[Tokenised]
+    audit: Audit
+
+
+def prepare_triplets(cfg: ContrastConfig, tokenizer: Tokenizer, seq_len: int) -> TripletData:
+    """Reads, validates and renders triplets, and says what became of each."""
+    audit = Audit()
+    train, val = split_triplets(cfg, audit)
+    refused = [finding.text for finding in validate(train, val) if finding.refused]
+    if refused:
+        raise DataError(f"contrast.train: {refused[0]} (`python data.py check` lists all)")
+    kept = [_kept(rows, tokenizer, seq_len, audit) for rows in (train, val)]
+    audit.train, audit.val = map(len, kept)
+    for rows, name in zip(kept, ("train", "val"), strict=True):
+        if not rows:
+            raise DataError(f"contrast.{name}: no triplet fits into seq_len {seq_len}")
+    examples = [stream.example for item in kept[0] for stream in item.streams]
+    audit.tokens = sum(len(example.ids) for example in examples)
+    audit.supervised = sum(int(example.mask.sum()) for example in examples)
+    return TripletData(*kept, audit)
+
+
+def _kept(rows: list[Triplet], tokenizer: Tokenizer, seq_len: int, audit: Audit) -> list[Tokenised]:
+    kept = []
+    for row in rows:
+        item = tokenised(row, tokenizer, seq_len)
+        if item is None:
+            audit.leave_out("too long an answer", row.where)
+            continue
+        kept.append(item)
+        for stream in item.streams:
+            if stream.cut:
+                audit.truncated += 1
+                audit.name("truncated", stream.example.where)
+    return kept
+
+
+# --- examples to batches ----------------------------------------------------------------------------------------------
+
+
+class TripletBatch(NamedTuple):
+    """A Batch, and what the contrast looks at. Stream s of triplet t of the step is number 3 t + s."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor
+    weights: Tensor  # fp32 [B, T], of the loss at each target
+    streams: Tensor  # int64 [B, T], number of the stream whose request a token belongs to; IGNORE: to none
+    groups: Tensor  # int64 [G], of the whole step: equal numbers are rows of one group
+
+
+def batch_of(
+    items: Sequence[Tokenised], slots: Sequence[Sequence[int]], seq_len: int, weights: Sequence[float]
+) -> TripletBatch:
+    """`slots`: which streams are in each row. Each is a document of its own, and so is what fills up a row."""
+    shape = (len(slots), seq_len)
+    tokens, targets, streams = (np.full(shape, value, np.int64) for value in (0, IGNORE, IGNORE))
+    documents, loss_weights = np.empty(shape, np.int64), np.zeros(shape, np.float32)
+    filler = items[0].streams[0].example.ids[-1]
+    for row, members in enumerate(slots):
+        at = 0
+        for number, member in enumerate(members):
+            example, pooled, *_ = items[member // 3].streams[member % 3]
+            end = at + len(example.ids)
+            tokens[row, at:end], documents[row, at:end] = example.ids, number
+            targets[row, at : end - 1] = np.where(example.mask[1:], example.ids[1:], IGNORE)
+            loss_weights[row, at:end] = weights[member % 3]
+            streams[row, at:end] = np.where(pooled, member, IGNORE)
+            at = end
+        tokens[row, at:], documents[row, at:] = filler, len(members)
+    groups = np.array(numbered(item.row.group for item in items))
+    parts = (tokens, targets, documents, loss_weights, streams, groups)
+    return TripletBatch(*map(torch.from_numpy, parts))
+
+
+def numbered(names: Iterable[str]) -> list[int]:
+    """Numbers for names, equal ones for equal names."""
+    known: dict[str, int] = {}
+    return [known.setdefault(name, len(known)) for name in names]
+
+
+class TripletBatches:
+    """The global batch of each step, a pure function of (seed, step), as PretrainBatches.
+
+    The rows of a step are filled with as many triplets as fit, whose streams may lie in any of them. The next step goes
+    on with the next triplet of the epoch's permutation, epochs follow each other without a gap. Where a step begins
+    depends on the lengths before, which costs about a millisecond for each step that is skipped.
+    """
+
+    def __init__(
+        self, items: Sequence[Tokenised], seq_len: int, rows: int, seed: int = 0, weights: Sequence[float] = (1, 1, 1)
+    ) -> None:
+        self.items, self.seq_len, self.rows, self.seed, self.weights = items, seq_len, rows, seed, tuple(weights)
+        self.lengths = np.array([item.lengths for item in items])
+        for item, lengths in zip(items, self.lengths.tolist(), strict=True):
+            if len(packed(lengths, seq_len)) > rows:
+                need = f"{item.row.where}: its three prompts of {lengths} tokens"
+                raise DataError(f"{need} do not fit into a step of {rows} x {seq_len} tokens (finetune.batch_tokens)")
+        digest = hashlib.sha256(repr((seq_len, self.weights)).encode())
+        for item in items:
+            for stream in item.streams:
+                digest.update(stream.example.ids.tobytes() + stream.example.mask.tobytes() + stream.pooled.tobytes())
+            digest.update(item.row.group.encode())
+        self.fingerprint = digest.hexdigest()[:32]
+        self._starts = [0]  # of each step: how many triplets came before
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._kept: tuple[int, list[int], list[list[int]]] = (-1, [], [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """About: the first epoch's."""
+        step = 0
+        while self._start(step + 1) < len(self.items):
+            step += 1
+        return step + 1
+
+    @property
+    def padding(self) -> float:
+        """Share of the positions of the first epoch that hold nothing."""
+        steps = self.steps_per_epoch
+        members = self._members(0, self._start(steps))
+        return 1 - self.lengths[members].sum() / (steps * self.rows * self.seq_len)
+
+    def __call__(self, step: int, rank: int = 0, world: int = 1) -> TripletBatch:
+        members, slots = self._plan(step)
+        part = slots[self.rows * rank // world : self.rows * (rank + 1) // world]
+        return batch_of([self.items[member] for member in members], part, self.seq_len, self.weights)
+
+    def sha(self, step: int) -> str:
+        """Hash of the tokens and targets of the global batch."""
+        batch = self(step)
+        return token_sha(np.stack([batch.tokens.numpy(), batch.targets.numpy()]))
+
+    def epoch(self, step: int) -> float:
+        """How often, at the start of `step`, as many triplets have come as there are."""
+        return self._start(step) / len(self.items)
+
+    def _start(self, step: int) -> int:
+        while len(self._starts) <= step:
+            self._starts.append(self._starts[-1] + self._fitting(self._starts[-1]))
+        return self._starts[step]
+
+    def _plan(self, step: int) -> tuple[list[int], list[list[int]]]:
+        """(the triplets of a step, the streams in each of its rows)"""
+        if self._kept[0] != step:
+            members = self._members(self._start(step), self._start(step + 1))
+            slots = packed(self.lengths[members].flatten().tolist(), self.seq_len)
+            slots += [[] for _ in range(self.rows - len(slots))]
+            self._kept = step, members, slots
+        return self._kept[1:]
+
+    def _fitting(self, first: int) -> int:
+        """How many triplets, from the `first` one on, fit into a step."""
+        room = self.rows * self.seq_len
+        most = room // int(self.lengths.sum(1).min()) + 1
+        lengths = self.lengths[self._members(first, first + most)]
+        count = int(np.searchsorted(lengths.sum(1).cumsum(), room, "right"))
+        while len(packed(lengths[:count].flatten().tolist(), self.seq_len)) > self.rows:
+            count -= 1
+        return count
+
+    def _members(self, first: int, last: int) -> list[int]:
+        """The triplets with these numbers, counted over all epochs."""
+        epochs, places = np.divmod(np.arange(first, last), len(self.items))
+        found: list[int] = []
+        for epoch in np.unique(epochs).tolist():
+            found += self._permutation(epoch)[places[epochs == epoch]].tolist()
+        return found
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            count = len(self.items)
+            self._order = epoch, shuffled(np.arange(count), count, random_key(self.seed, "triplets", epoch))
+        return self._order[1]
+
+
+PADDING = 0.1  # share of a step's positions that may hold nothing, where wider rows can prevent it
+
+
+def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, world: int, most: int) -> int:
+    """How wide the rows of a step of `rows` x `seq_len` positions have to be for a padding below a tenth.
+
+    Streams are about as long as each other, so that in short rows there is often no room for one more. A row stays
+    within `most` tokens, and each rank has as many rows as the others.
+    """
+    joined = [times for times in range(1, rows + 1) if rows % (times * world) == 0 and times * seq_len <= most] or [1]
+    padding = {times * seq_len: TripletBatches(items, times * seq_len, rows // times).padding for times in joined}
+    return next((width for width, share in padding.items() if share < PADDING), min(padding, key=padding.get))
+
+
+def triplet_windows(items: Sequence[Tokenised], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
+    """The rows that every evaluation uses, in batches of at most `rows`: the same for any run, rank or world.
+
+    Triplets are taken at equal distances from all, about as many as fill `max_tokens` positions.
+    """
+    chosen = spread(items, max(1, max_tokens * len(items) // sum(sum(item.lengths) for item in items)))
+    slots = packed([length for item in chosen for length in item.lengths], seq_len)
+    batch = batch_of(chosen, slots, seq_len, (1.0, 1.0, 1.0))
+    return [Batch(*(part[first : first + rows] for part in batch[:3])) for first in range(0, len(slots), rows)]
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count`, at equal distances."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def check_triplets(cfg: ContrastConfig) -> int:
+    """`python data.py check`: what the rows are, and what is wrong with them. Returns the exit code."""
+    audit = Audit()
+    train, val = split_triplets(cfg, audit)
+    kinds = Counter(row.attack.type for row in (*train, *val))
+    print(f"rows       {audit.rows:,} read, {len(train):,} to train on, {len(val):,} to validate on")
+    print(f"groups     {len({row.group for row in (*train, *val)}):,}")
+    print(f"attacks    {', '.join(f'{kind} {count:,}' for kind, count in kinds.most_common())}")
+    for why, count in audit.dropped.items():
+        print(f"{why:<9}  {count:,} ({'; '.join(audit.places[why])})")
+    findings = validate(train, val)
+    for finding in findings:
+        print(f"{'REFUSED' if finding.refused else 'warning':<9}  {finding.text}")
+    refused = sum(finding.refused for finding in findings)
+    print(f"{'verdict':<9}  {f'{refused} reasons not to train on this' if refused else 'sound'}")
+    return DataError.exit_code if refused else 0
