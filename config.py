@@ -273,12 +273,15 @@ def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> 
     loop = loop or cfg.train
     if world_size > 1 and cfg.run.parallel == "fsdp" and loop.optimizer == "muon":
         raise ConfigError("run.parallel: fsdp cuts the matrices that optimizer muon needs whole (try ddp)")
-    if loop.rows % world_size:
-        rows = f"{loop.rows} rows a step (batch_tokens / seq_len)"
-        name = "train" if loop is cfg.train else "finetune"
-        raise ConfigError(f"{name}.batch_tokens: {rows} cannot be shared by {world_size} ranks")
+    check_rows(loop, world_size, "train" if loop is cfg.train else "finetune")
     if loop is cfg.train:  # else the model comes from a checkpoint
         check_context(loop, cfg.model)
+
+
+def check_rows(loop: TrainConfig, world_size: int, section: str) -> None:
+    if loop.rows % world_size:
+        rows = f"{loop.rows} rows of {loop.seq_len} tokens"
+        raise ConfigError(f"{section}.batch_tokens: {rows} a step cannot be shared by {world_size} ranks")
 
 
 def check_context(loop: TrainConfig, model: ModelConfig) -> None:

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from chat import ChatBatches, ChatData, chat_windows, prepare_chat
 from checkpoint import hash_weights, load_model, read_adapter, resolve, write_adapter
-from config import Config, ConfigError, FinetuneConfig, check, check_context, load_config, run_script
+from config import Config, ConfigError, FinetuneConfig, check, check_context, check_rows, load_config, run_script
 from contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
 from data import Batch, show, write_text
 from distributed import World, ranks, start, stop, total, unwrapped, whole
@@ -290,9 +290,10 @@ def build_contrast(cfg: Config, world: World) -> Trainer:
     loop, contrast = cfg.finetune, cfg.contrast
     model, tokenizer, base, base_hash = load_base(loop)
     data = main_first(world, lambda: prepare_triplets(contrast, tokenizer, loop.seq_len))
-    width = row_width(data.train, loop.seq_len, loop.rows, world.size, model.cfg.context)
-    loop = replace(loop, seq_len=width)  # of rows; a stream keeps to the seq_len that was asked for
-    batches = TripletBatches(data.train, width, loop.rows, cfg.run.seed, contrast.stream_weights)
+    # The width of rows; a stream keeps to the seq_len that was asked for.
+    loop = replace(loop, seq_len=row_width(data.train, loop.seq_len, loop.rows, model.cfg.context))
+    check_rows(loop, world.size, "finetune")
+    batches = TripletBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed, contrast.stream_weights)
     data.audit.padding = batches.padding
     say(str(data.audit))
     exam = Withstanding(contrast, data.val, model.to(world.device), tokenizer)

@@ -597,13 +597,13 @@ class TripletBatches:
 PADDING = 0.1  # share of a step's positions that may hold nothing, where wider rows can prevent it
 
 
-def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, world: int, most: int) -> int:
+def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, most: int) -> int:
     """How wide the rows of a step of `rows` x `seq_len` positions have to be for a padding below a tenth.
 
     Streams are about as long as each other, so that in short rows there is often no room for one more. A row stays
-    within `most` tokens, and each rank has as many rows as the others.
+    within `most` tokens. The number of ranks plays no part, because the width decides what is in a step.
     """
-    joined = [times for times in range(1, rows + 1) if rows % (times * world) == 0 and times * seq_len <= most] or [1]
+    joined = [times for times in range(1, rows + 1) if rows % times == 0 and times * seq_len <= most] or [1]
     padding = {times * seq_len: TripletBatches(items, times * seq_len, rows // times).padding for times in joined}
     return next((width for width, share in padding.items() if share < PADDING), min(padding, key=padding.get))
 

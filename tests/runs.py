@@ -198,10 +198,12 @@ def launch(folder: Path, command: list[str], env: dict[str, str] | None = None) 
     return Started(process.pid, process.poll, out, err)
 
 
-def torchrun(folder: Path, arguments: list[str], ranks: int = 2, env: dict[str, str] | None = None) -> Started:
-    """train.py under torchrun, at a port that the system chooses."""
+def torchrun(
+    folder: Path, arguments: list[str], ranks: int = 2, env: dict[str, str] | None = None, script: str = "train.py"
+) -> Started:
+    """A script under torchrun, at a port that the system chooses."""
     world = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return launch(folder, [sys.executable, *world, *TRAIN[1:], *arguments], env)
+    return launch(folder, [sys.executable, *world, str(ROOT / script), *arguments], env)
 
 
 def script(*arguments: str, env: dict[str, str] | None = None, **how: object) -> subprocess.CompletedProcess[str]:
