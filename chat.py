@@ -443,6 +443,8 @@ class ChatBatches:
         self.slots = packed(ascending, seq_len) if pack else [[index] for index in range(len(ascending))]
         self.steps_per_epoch = math.ceil(len(self.slots) / rows)
         self.padding = 1 - sum(ascending) / (len(self.slots) * seq_len)
+        self.targets = sum(int(example.mask.sum()) for example in examples) / (len(self.slots) * seq_len)
+        self.isolated = True
         digest = hashlib.sha256(bytes([pack]))
         for example in examples:
             digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.mask.tobytes())

@@ -145,6 +145,8 @@ class PretrainBatches:
     every window comes once before any comes twice, and nothing is dropped.
     """
 
+    targets = 1.0  # share of the positions that have one, about
+
     def __init__(
         self,
         shards: Sequence[tuple[TokenShards, float]],
@@ -155,7 +157,7 @@ class PretrainBatches:
         isolate_documents: bool = False,
     ) -> None:
         self.shards = [source for source, _ in shards]
-        self.seq_len, self.rows, self.seed, self.isolate_documents = seq_len, rows, seed, isolate_documents
+        self.seq_len, self.rows, self.seed, self.isolated = seq_len, rows, seed, isolate_documents
         self.mixture = Mixture([weight for _, weight in shards], seed)
         self.windows = [(len(source) - 1) // seq_len for source in self.shards]  # of each source
         for source, windows in zip(self.shards, self.windows, strict=True):
@@ -169,7 +171,7 @@ class PretrainBatches:
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         first, last = self.rows * rank // world, self.rows * (rank + 1) // world
         windows = self._global(step) if world == 1 else self._windows(step, first, last)
-        return _batch(windows, self.shards[0].eos_id, self.isolate_documents)
+        return _batch(windows, self.shards[0].eos_id, self.isolated)
 
     def sha(self, step: int) -> str:
         """Hash of the token ids of the global batch."""
@@ -268,10 +270,11 @@ class StreamBatches:
     """
 
     steps_per_epoch = 0  # not known before the end
+    targets = 1.0
 
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, seq_len: int, rows: int, seed: int) -> None:
         text = open_corpus(cfg)
-        self.cfg, self.tokenizer, self.seq_len, self.rows = cfg, tokenizer, seq_len, rows
+        self.tokenizer, self.seq_len, self.rows, self.isolated = tokenizer, seq_len, rows, cfg.isolate_documents
         self.mixture = Mixture([weight for weight, _ in text.groups], seed)
         self.streams = [
             _Stream(cfg, inputs, text.split_of, tokenizer, (seed, which))
@@ -283,7 +286,7 @@ class StreamBatches:
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         first, last = self.rows * rank // world, self.rows * (rank + 1) // world
-        return _batch(self._global(step)[first:last], self.tokenizer.eos_id, self.cfg.isolate_documents)
+        return _batch(self._global(step)[first:last], self.tokenizer.eos_id, self.isolated)
 
     def sha(self, step: int) -> str:
         return token_sha(self._global(step))

@@ -17,16 +17,29 @@ from optim import parameter_groups
 
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
+HEAP = 0.2  # measured: holes that the C library's heap has between tensors that come and go, as a share of these
 
 
 def memory_estimate(
-    model: GPT, train: TrainConfig, rows: int, shards: int = 1, head: nn.Module | None = None
+    model: GPT,
+    train: TrainConfig,
+    rows: int,
+    shards: int = 1,
+    *,
+    device: str = "cpu",
+    head: nn.Module | None = None,
+    targets: float = 1.0,
+    isolated: bool = False,
 ) -> dict[str, float]:
     """Bytes on one device: fp32 weights, gradients and optimizer state, activations and logits of one micro-batch.
 
-    model: its shape and which of its parameters train; it may be on the meta device
-    shards: ranks among which weights, gradients and state are spread
-    head: what is trained beside the model
+    model     its shape and which of its parameters train; it may be on the meta device
+    rows      of a micro-batch; the three streams of a triplet are in rows like any other document
+    shards    ranks among which weights, gradients and state are spread
+    device    its type
+    head      what is trained beside the model
+    targets   share of the positions that have one: others get no logits
+    isolated  documents of a row do not see each other, which takes a mask
     """
     m, tokens = model.cfg, rows * train.seq_len
     sizes = {kind: sum(p.numel() for p in ps.values()) for kind, ps in parameter_groups(model, train, head).items()}
@@ -36,18 +49,23 @@ def memory_estimate(
     # Kept for the backward of one layer and token, in fp32: two norms and their inputs (6 E), q k v before and after
     # the rotation, the attention's output, and the MLP's gate, up, silu and product.
     layer = 6 * m.hidden_size + 3 * q_size + 4 * kv_size + 4 * m.intermediate_size
+    if isolated:
+        layer += train.seq_len  # a row of the mask, which each layer keeps as numbers
     kept = m.hidden_size * m.num_hidden_layers + layer if train.checkpoint_activations else layer * m.num_hidden_layers
+    kept += 4 * m.intermediate_size + 2 * m.hidden_size  # gradients in flight in the backward of one layer
+    activations = 4 * tokens * kept
+    logits = 3 * 4 * min(targets * tokens * m.vocab_size, LOGITS_PER_CHUNK)  # logits, softmax and gradient
+    # The gradients of the layers come as their activations go, so they fill such holes.
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.requires_grad)
+    holes = max(0.0, HEAP * (activations + logits) - min(activations, 4 * layers / shards))
     return {
         "weights": 4 * (sum(p.numel() for p in model.parameters()) + beside) / shards,
         "gradients": 4 * trained / shards,
         "optimizer": (8 * (trained - muon) + 4 * muon) / shards,
-        "activations": 4 * tokens * kept,
-        "logits": 3 * 4 * min(tokens * m.vocab_size, LOGITS_PER_CHUNK),  # logits, softmax and gradient
+        "activations": activations,
+        "logits": logits,
+        "heap": holes if device == "cpu" else 0.0,
     }
-
-
-def shards_of(cfg: Config, world: World) -> int:
-    return world.size if cfg.run.parallel == "fsdp" else 1
 
 
 def free_memory(device: torch.device) -> float:
@@ -58,10 +76,16 @@ def free_memory(device: torch.device) -> float:
     return float(pages * os.sysconf("SC_PAGE_SIZE")) or math.inf
 
 
-def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World, head: nn.Module | None = None) -> int:
+def estimate_for(cfg: Config, model: GPT, train: TrainConfig, world: World, rows: int, **how: Any) -> dict[str, float]:
+    """The estimate for a rank; `how` is what else `memory_estimate` wants to know."""
+    shards = world.size if cfg.run.parallel == "fsdp" else 1
+    return memory_estimate(model, train, rows, shards, device=world.device.type, **how)
+
+
+def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World, **how: Any) -> int:
     """Rows per forward: the largest share of a rank's rows that fits into memory, and on a CPU into its caches.
 
-    The same on all ranks, which have to come to each gradient together.
+    The same on all ranks, which have to come to each gradient together. `how` is as in `estimate_for`.
     """
     own = train.rows // world.size
     if train.micro_batch != "auto":
@@ -73,7 +97,7 @@ def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World, head: 
         for rows in range(1, own + 1)
         if own % rows == 0
         and rows * train.seq_len <= most
-        and sum(memory_estimate(model, train, rows, shards_of(cfg, world), head).values()) <= room
+        and sum(estimate_for(cfg, model, train, world, rows, **how).values()) <= room
     ]
     return least(max(fitting, default=1), world)
 
@@ -87,12 +111,12 @@ def announce(
     rows: int,
     dtype: str,
     peak: Peak,
-    head: nn.Module | None = None,
+    **how: Any,
 ) -> None:
-    """What is about to happen, in seven lines."""
+    """What is about to happen, in seven lines; `how` is as in `estimate_for`."""
     size = sum(p.numel() for p in model.parameters())
-    estimate = memory_estimate(model, train, rows, shards_of(cfg, world), head)
-    groups = parameter_groups(model, train, head)
+    estimate = estimate_for(cfg, model, train, world, rows, **how)
+    groups = parameter_groups(model, train, how.get("head"))
     named = {"muon": "matrices by Muon", "decay": f"with weight decay {train.weight_decay:g}", "plain": "without"}
     micro = -(-train.rows // world.size // rows)
     flops = flops_per_token(model.cfg, train.seq_len)

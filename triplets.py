@@ -526,6 +526,14 @@ class TripletBatches:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._kept: tuple[int, list[int], list[list[int]]] = (-1, [], [])
 
+    isolated = True
+
+    @property
+    def targets(self) -> float:
+        """Share of the positions that have one, about."""
+        learned = sum(int(stream.example.mask.sum()) for item in self.items for stream in item.streams)
+        return learned / self.lengths.sum() * (1 - self.padding)
+
     @property
     def steps_per_epoch(self) -> int:
         """About: the first epoch's."""
