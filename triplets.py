@@ -611,7 +611,7 @@ def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, world: int, m
 def triplet_windows(items: Sequence[Tokenised], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
     """The rows that every evaluation uses, in batches of at most `rows`: the same for any run, rank or world.
 
-    Triplets are taken at equal distances from all, about as many as fill `max_tokens` positions.
+    Triplets are taken from all over (`spread`), about as many as fill `max_tokens` positions.
     """
     chosen = spread(items, max(1, max_tokens * len(items) // sum(sum(item.lengths) for item in items)))
     slots = packed([length for item in chosen for length in item.lengths], seq_len)
@@ -620,9 +620,9 @@ def triplet_windows(items: Sequence[Tokenised], seq_len: int, max_tokens: int, *
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count`, at equal distances."""
-    count = min(count, len(items))
-    return [items[number * len(items) // count] for number in range(count)]
+    """At most `count`, in their order: always the same, but at no equal distances, where all may be of one kind."""
+    drawn = shuffled(np.arange(min(count, len(items))), len(items), random_key("spread"))
+    return [items[number] for number in sorted(drawn.tolist())]
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 import re
 import subprocess
@@ -20,7 +21,7 @@ from corpora import ROOT
 import data
 from chat import Audit, packed
 from data import IGNORE
-from tasks import INJECTIONS, TEST_ROWS, TRAIN_ROWS
+from tasks import INJECTIONS, TEST_ROWS, TRAIN_ROWS, triplets
 from tokenizer import DataError, Tokenizer, load_tokenizer, render_chat, train_tokenizer
 from triplets import (
     ALIASES,
@@ -719,12 +720,12 @@ def test_every_triplet_comes_once_in_an_epoch_whole_and_in_one_step(rows: int, s
         batch = batches(step)
         assert batch.tokens.shape == (rows, seq_len)
         here = texts(batch)
-        triplets = Counter(known[ids] for ids in here.elements())
-        assert set(triplets.values()) <= {3, 6, 9, 12, 15}  # several epochs in one step, where there are few
+        came = Counter(known[ids] for ids in here.elements())
+        assert set(came.values()) <= {3, 6, 9, 12, 15}  # several epochs in one step, where there are few
         assert sum(here.values()) == 3 * len(batch.groups)  # all three streams of each
         assert sorted(n for line in streams_of(batch) for n in line) == list(range(3 * len(batch.groups)))
         members = batches._plan(step)[0]
-        assert sorted(members) == sorted(n for n, times in triplets.items() for _ in range(times // 3))
+        assert sorted(members) == sorted(n for n, times in came.items() for _ in range(times // 3))
         order += members
     for epoch in range(3):
         assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
@@ -895,3 +896,16 @@ def test_spread_keeps_the_order_and_takes_none_twice():
         assert len(found) == min(count, 50)
         assert found == sorted(set(found))
     assert spread(range(50), 7) == spread(range(50), 7)
+    assert spread([], 3) == []
+
+
+@pytest.mark.parametrize("count", [60, 100, 150, 300])
+def test_a_part_of_the_rows_has_every_kind_of_them(count: int):
+    """Rows at equal distances met the period of the built-in set: 150 of them were all one task, 25 one attack too."""
+    found = spread(read(INJECTIONS_TEST), count)
+    attacks = Counter(each.attack.type for each in found)
+    task_of = {each["id"]: each["task"] for each in triplets(test=True)}
+    tasks = Counter(task_of[each.id] for each in found)
+    for counts in (attacks, tasks):
+        assert len(counts) == 6
+        assert min(counts.values()) > count / 6 - 3 * math.sqrt(count * 5 / 36)
