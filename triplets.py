@@ -499,6 +499,11 @@ def numbered(names: Iterable[str]) -> list[int]:
     return [known.setdefault(name, len(known)) for name in names]
 
 
+def fits(lengths: Sequence[int], seq_len: int, rows: int) -> bool:
+    """Whether a step of `rows` x `seq_len` positions has room for a triplet."""
+    return max(lengths) <= seq_len and len(packed(lengths, seq_len)) <= rows
+
+
 class TripletBatches:
     """The global batch of each step, a pure function of (seed, step), as PretrainBatches.
 
@@ -513,7 +518,7 @@ class TripletBatches:
         self.items, self.seq_len, self.rows, self.seed, self.weights = items, seq_len, rows, seed, tuple(weights)
         self.lengths = np.array([item.lengths for item in items])
         for item, lengths in zip(items, self.lengths.tolist(), strict=True):
-            if len(packed(lengths, seq_len)) > rows:
+            if not fits(lengths, seq_len, rows):
                 need = f"{item.row.where}: its three prompts of {lengths} tokens"
                 raise DataError(f"{need} do not fit into a step of {rows} x {seq_len} tokens (finetune.batch_tokens)")
         digest = hashlib.sha256(repr((seq_len, self.weights)).encode())
@@ -603,7 +608,8 @@ def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, world: int, m
     Streams are about as long as each other, so that in short rows there is often no room for one more. A row stays
     within `most` tokens, and each rank has as many rows as the others.
     """
-    joined = [times for times in range(1, rows + 1) if rows % (times * world) == 0 and times * seq_len <= most] or [1]
+    joined = [times for times in range(1, rows + 1) if rows % (times * world) == 0 and times * seq_len <= most]
+    joined = [t for t in joined if all(fits(item.lengths, t * seq_len, rows // t) for item in items)] or [1]
     padding = {times * seq_len: TripletBatches(items, times * seq_len, rows // times).padding for times in joined}
     return next((width for width, share in padding.items() if share < PADDING), min(padding, key=padding.get))
 

@@ -873,6 +873,22 @@ def test_a_triplet_that_no_step_has_room_for_is_named():
         TripletBatches([each for each in found if min(each.lengths) > 75], 150, 2)
 
 
+def test_a_stream_longer_than_a_row_is_named():
+    """It was taken for one that fits, and the batch with it failed in numpy, in the midst of the training."""
+    found = items_of([row(user="u" * 300)])
+    with pytest.raises(DataError, match=r"^here:1: its three prompts of \[338, \d+, \d+\] tokens do not fit"):
+        TripletBatches(found, 256, 8)
+
+
+def test_rows_are_joined_where_a_triplet_fits_into_no_others():
+    """Three prompts of which a row holds one were refused in two rows, though one of twice the width holds them."""
+    found = items_of([row(n, user="u" * 110, user_cf="v" * 110, user_injection="w" * 110) for n in range(3)])
+    assert {length for item in found for length in item.lengths} == {148}
+    assert row_width(found, 256, 2, 1, 2048) == 512
+    with pytest.raises(DataError, match="do not fit into a step of 2 x 256"):
+        row_width(found, 256, 2, 1, 300)
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
