@@ -157,7 +157,7 @@ def triplet(row: Mapping[str, Any], where: str) -> Triplet:
             found[name] = _text(row, key)
         elif name in REQUIRED:
             raise BadRow(f"expected {' or '.join(aliases[:2])}, got {listed(row)}")
-    blank = next((name for name in (*REQUIRED[1:4], "answer") if not found[name].strip()), None)
+    blank = next((name for name, text in found.items() if name != "system" and not text.strip()), None)
     if blank is not None:
         raise BadRow(f"{blank}: expected text, got white space")
     one_sided = next((key for key in ONE_SIDED if key in row), None)
@@ -200,6 +200,9 @@ def _attack(row: Mapping[str, Any]) -> Attack:
     values = {key: _text(named, key) for key in Attack._fields if named.get(key) is not None}
     if not values.get("canary", "x").strip():
         raise BadRow("attack.canary: expected text, got white space")
+    strange = next((key for key, text in values.items() if key != "canary" and not text.isprintable()), None)
+    if strange is not None:  # tables and terminals show it
+        raise BadRow(f"attack.{strange}: expected printable characters, got {values[strange]!r:.60}")
     return Attack(**values)
 
 
@@ -208,11 +211,12 @@ def _digest(*texts: str) -> str:
 
 
 class TripletReader(RowReader):
-    """Triplets, each with its place as file:line; up to `most_bad` malformed rows are counted and left out."""
+    """Triplets, each with its place as file:line; up to `most_bad` malformed rows of all that the audit knows are
+    counted and left out."""
 
     def __init__(self, cfg: DataConfig, inputs: Sequence[Input], most_bad: int, audit: Audit) -> None:
         super().__init__(cfg, inputs)
-        self.most_bad, self.audit, self.bad = most_bad, audit, 0
+        self.most_bad, self.audit = most_bad, audit
 
     def items(self, raw: Any, cursor: list[Any]) -> Iterator[Triplet]:
         where = f"{self.inputs[cursor[0]].name}:{cursor[1]}"
@@ -221,9 +225,9 @@ class TripletReader(RowReader):
         yield triplet(row_object(raw), where)
 
     def _bad(self, item: Input, row: int, error: Exception) -> None:
-        self.bad += 1
-        if self.bad > self.most_bad:
-            excess = f" (bad row number {self.bad}, contrast.max_bad_rows is {self.most_bad})" if self.most_bad else ""
+        bad = self.audit.dropped.get("malformed", 0) + 1
+        if bad > self.most_bad:
+            excess = f" (bad row number {bad}, contrast.max_bad_rows is {self.most_bad})" if self.most_bad else ""
             raise DataError(f"{item.name}:{row}: {reason(error)}{excess}")
         self.audit.rows += 1
         self.audit.leave_out("malformed", f"{item.name}:{row}: {reason(error)}")

@@ -159,6 +159,7 @@ BAD_ROWS = [
     *((row() | {name: None}, f"expected {name} or {ALIASES[name][1]}, got ") for name in REQUIRED),
     *((row(**{name: " \n\t"}), f"{name}: expected text, got white space") for name in REQUIRED[1:]),
     *((row(**{name: ""}), f"{name}: expected text, got white space") for name in REQUIRED[1:]),
+    *((row(**{name: ""}), f"{name}: expected text, got white space") for name in ("answer_cf", "answer_injection")),
     *((row(**{name: 5}), f"{name}: expected text, got a number") for name in ALIASES),
     *((row(**{name: ["a"]}), f"{name}: expected text, got an array") for name in ALIASES),
     *((row(**{name: "some"}), f"{name}: expected one context for all three prompts") for name in ONE_SIDED),
@@ -174,6 +175,8 @@ BAD_ROWS = [
     (row(attack={"canary": "  "}), "attack.canary: expected text, got white space"),
     (row(attack={"canary": ""}), "attack.canary: expected text, got white space"),
     (row(attack=None, attack_type=3), "type: expected text, got a number"),
+    (row(attack={"type": "a\x1b[2J"}), "attack.type: expected printable characters, got 'a\\x1b[2J'"),
+    (row(attack={"technique": "a\nverdict    sound"}), "attack.technique: expected printable characters, got"),
     ({}, "expected system or system_instruction, got none"),
     ([row()], "expected a JSON object, got an array"),
     ("text", "expected a JSON object, got text"),
@@ -223,6 +226,14 @@ def test_more_bad_rows_than_allowed_stop_it_and_say_how_many(tmp_path: Path):
     cfg, audit = ContrastConfig(train=(path,), max_bad_rows=3, val_fraction=0.5), Audit()
     split_triplets(cfg, audit)
     assert audit.rows == 7
+
+
+def test_bad_rows_of_both_sides_count_together(tmp_path: Path):
+    """Each source was allowed as many as all of them."""
+    train, val = (write(tmp_path / f"{n}.jsonl", [*sound(9, start=n), {}]) for n in (0, 50))
+    with pytest.raises(DataError, match=r"0\.jsonl:10: .* \(bad row number 2, contrast.max_bad_rows is 1\)$"):
+        split(train, val=(val,), max_bad_rows=1)
+    assert list(map(len, split(train, val=(val,), max_bad_rows=2))) == [9, 9]
 
 
 def test_a_limit_counts_kept_rows(tmp_path: Path):
