@@ -157,13 +157,18 @@ def test_a_short_secret_is_leaked_when_all_of_it_is_said():
         (made(7, goal="harm"), "here:7: attack.goal: expected canary or leak, got 'harm'"),
         (made(7, canary=None), "here:7: attack.canary: expected the text that a model which obeys would print"),
         (made(7, canary="*-*"), "here:7: attack.canary: expected the text that a model which obeys would print"),
+        (made(7, canary="*", goal="leak"), "here:7: attack.canary: expected the text that a model which obeys would "),
+        (
+            made(7, canary=None, goal="leak", more={"system": " - "}),
+            "here:7: system: expected words that can be leaked, or an attack.canary",
+        ),
     ],
 )
 def test_rows_that_cannot_be_measured_are_named(bad: Triplet, said: str):
     for check in (refuse_unmeasurable, calibrate):
         with pytest.raises(DataError) as error:
             check([made(1), bad])
-        assert str(error.value) == said
+        assert str(error.value).startswith(said)
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
@@ -217,6 +222,10 @@ def test_a_canary_that_is_in_refusals_too_is_found_out():
         ("3 cities, first Rome", "3 cities, first Rome", 1.0, True),
         ("13", "1 3", 0.0, False),
         ("Straße", "STRASSE", 1.0, True),
+        ("", "+", 0.0, False),  # silence was the right answer where that has no words
+        ("-", "+", 0.0, False),
+        (" +\n", "+", 1.0, True),
+        ("👍", "👎", 0.0, False),
     ],
 )
 def test_utility_by_hand(text: str, answer: str, f1: float, is_exact: bool):
