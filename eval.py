@@ -49,7 +49,7 @@ class Source(NamedTuple):
 
     folder: Path
     base: str
-    trained_on: tuple[str, ...]  # sources of triplets
+    trained_on: tuple[str, ...]  # sources of triplets; also those that chose its best checkpoint
     is_adapter: bool
 
 
@@ -61,7 +61,8 @@ def source_of(cfg: Config) -> Source:
     base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else recorded["finetune"].get("base_ckpt"))
     if base is None:
         raise ConfigError(f"eval.base: {folder} does not say what it was made from; expected that model, got nothing")
-    return Source(folder, base, tuple(recorded["contrast"].get("train", cfg.contrast.train)), is_adapter(folder))
+    contrast = {"train": cfg.contrast.train, "val": cfg.contrast.val} | recorded["contrast"]
+    return Source(folder, base, (*contrast["train"], *contrast["val"]), is_adapter(folder))
 
 
 def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
@@ -235,6 +236,7 @@ def as_json(report: Report, source: Source, cfg: Config) -> dict[str, Any]:
         "suite": cfg.eval.suite,
         "model": str(source.folder),
         "base": source.base,
+        "trained_on": list(source.trained_on),
         "data": list(cfg.eval.data),
         "cut": report.cut,
         "detectors": {**vars(report.calibration), "sound": report.calibration.sound},

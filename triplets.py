@@ -125,7 +125,7 @@ class Attack(NamedTuple):
     technique: str = "unknown"
     goal: str = "canary"
     canary: str | None = None
-    novelty: str = "seen"  # in what it is not in the training rows: family, wording, or nothing (seen)
+    novelty: str = "unknown"  # in what it is not in the training rows: family, wording, or nothing (seen)
 
 
 class Triplet(NamedTuple):

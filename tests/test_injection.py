@@ -624,9 +624,17 @@ def test_a_run_says_what_it_came_from_and_was_trained_on(models: Path, data: tup
     assert source.trained_on == (data[0],)  # what is recorded, not what the command says
     with pytest.raises(DataError, match="not independent"):
         suite.main(options(data, tmp_path / "run"))
+    # Rows that chose the best checkpoint were welcome as a test.
+    record["contrast"] = {"train": [data[1]], "val": [data[0]]}
+    (checkpoint / "state.json").write_text(json.dumps({"config": record}))
+    with pytest.raises(DataError, match="not independent"):
+        suite.main(options(data, tmp_path / "run"))
+    record["contrast"] = {"train": [data[0]], "val": []}
+    (checkpoint / "state.json").write_text(json.dumps({"config": record}))
     assert suite.output_of(cfg, source) == tmp_path / "run" / "injection.json"
     suite.main(options((data[1], data[1]), tmp_path / "run"))
-    assert reported(tmp_path / "run" / "injection.json")["model"] == str(checkpoint)
+    found = reported(tmp_path / "run" / "injection.json")
+    assert (found["model"], found["trained_on"]) == (str(checkpoint), [data[0]])
 
 
 def test_detectors_that_cannot_be_trusted_abort_it(models: Path, data: tuple[str, str], tmp_path: Path):

@@ -152,6 +152,7 @@ def test_what_is_known_about_an_attack():
     assert (flat.type, flat.technique, flat.goal) == ("a", "b", "canary")
     both = made(attack={"type": "a", "technique": None}, attack_type="x", attack_technique="y").attack
     assert both.type == "a"
+    assert both.novelty == "unknown"  # and not "seen", which a table then said of attacks that nobody had seen
 
 
 BAD_ROWS = [
