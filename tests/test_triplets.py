@@ -451,11 +451,11 @@ def test_check_of_what_cannot_be_read_is_one_line(tmp_path: Path):
 def test_check_looks_at_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture):
     a, b = write(tmp_path / "a.jsonl", sound()), write(tmp_path / "b.jsonl", sound(start=40))
     both = write(tmp_path / "both.jsonl", [*sound(5, start=100), row(3)])
-    done = check(a, b, f"--contrast.val={both}")
-    assert done.returncode == 3
-    assert "rows       86 read, 80 to train on, 6 to validate on" in done.stdout
-    assert "REFUSED    1 groups are on both sides" in done.stdout
-    assert f"REFUSED    3 prompts are on both sides of the split, such as {a}:4 and {both}:6" in done.stdout
+    assert data.check([a, b, f"--contrast.val={both}"]) == 3
+    said = capsys.readouterr().out
+    assert "rows       86 read, 80 to train on, 6 to validate on" in said
+    assert "REFUSED    1 groups are on both sides" in said
+    assert f"REFUSED    3 prompts are on both sides of the split, such as {a}:4 and {both}:6" in said
     assert data.check([a, f"--contrast.val={b}"]) == 0
     assert "rows       80 read, 40 to train on, 40 to validate on" in capsys.readouterr().out
 
