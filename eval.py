@@ -49,7 +49,7 @@ class Source(NamedTuple):
 
     folder: Path
     base: str
-    trained_on: tuple[str, ...]  # sources of triplets
+    trained_on: tuple[str, ...]  # sources of triplets; also those that chose its best checkpoint
     is_adapter: bool
 
 
@@ -61,7 +61,8 @@ def source_of(cfg: Config) -> Source:
     base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else recorded["finetune"].get("base_ckpt"))
     if base is None:
         raise ConfigError(f"eval.base: {folder} does not say what it was made from; expected that model, got nothing")
-    return Source(folder, base, tuple(recorded["contrast"].get("train", cfg.contrast.train)), is_adapter(folder))
+    contrast = {"train": cfg.contrast.train, "val": cfg.contrast.val} | recorded["contrast"]
+    return Source(folder, base, (*contrast["train"], *contrast["val"]), is_adapter(folder))
 
 
 def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
@@ -75,7 +76,10 @@ def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_rows(cfg: Config, source: Source) -> tuple[list[Triplet], list[Triplet]]:
     """(rows to test with, some of those that the model was trained on); refused where they share a prompt."""
-    rows = list(read_triplets(cfg.contrast, cfg.eval.data, "eval.data", Audit()))
+    audit = Audit()
+    rows = list(read_triplets(cfg.contrast, cfg.eval.data, "eval.data", audit))
+    for why, count in audit.dropped.items():
+        print(f"{why:<9}  {count:,} rows left out ({'; '.join(audit.places[why])})")
     rows = spread(rows, cfg.eval.limit or len(rows))
     if not rows:
         raise DataError(f"eval.data: {', '.join(cfg.eval.data)}: expected triplets, got none")
@@ -86,7 +90,9 @@ def test_rows(cfg: Config, source: Source) -> tuple[list[Triplet], list[Triplet]
     return rows, spread(trained, KNOWN)
 
 
-def asked(rows: Sequence[Triplet], tokenizer: Tokenizer, room: int) -> list[Tokenised]:
+def asked(rows: Sequence[Triplet], tokenizer: Tokenizer | None, room: int) -> list[Tokenised]:
+    if tokenizer is None:
+        raise ConfigError("eval.ckpt: expected models with a tokenizer each, got one without")
     found = [tokenised(row, tokenizer, room) for row in rows]
     if None in found:
         raise DataError(f"{rows[found.index(None)].where}: does not fit into {room} tokens, which the context leaves")
@@ -107,12 +113,13 @@ class Report(NamedTuple):
     calibration: Calibration
     verdicts: dict[str, list[Verdict]]  # by model: base, LoRA off (of an adapter), fine-tuned
     detection: dict[str, Detection]  # by group of rows; empty without a head
+    cut: dict[str, int]  # by model: requests whose middle did not fit, and with it maybe the attack
 
 
 def by_group(verdicts: Sequence[Verdict]) -> dict[str, Score]:
     """Scores of all rows, by novelty and by type of attack; groups without rows are left out."""
-    kinds = dict.fromkeys(verdict.row.attack.type for verdict in verdicts)
-    chosen = GROUPS | {kind: lambda row, kind=kind: row.attack.type == kind for kind in sorted(kinds)}
+    kinds = sorted({verdict.row.attack.type for verdict in verdicts} - GROUPS.keys())
+    chosen = GROUPS | {kind: lambda row, kind=kind: row.attack.type == kind for kind in kinds}
     found = {name: [verdict for verdict in verdicts if belongs(verdict.row)] for name, belongs in chosen.items()}
     return {name: score(members) for name, members in found.items() if members}
 
@@ -144,17 +151,22 @@ def run_suite(cfg: Config, source: Source) -> Report:
     device = pick_device(cfg.run.device)
     dtype, _ = pick_dtype(cfg.run.dtype, device)
 
-    def answers_of(model: GPT, tokenizer: Tokenizer) -> list[Verdict]:
-        items = asked(rows, tokenizer, model.cfg.context - cfg.eval.answer_tokens)
-        return examine(model, tokenizer, items, cfg.eval.answer_tokens)
+    verdicts, cut = {}, {}
 
-    verdicts = {"base": answers_of(*load_model(source.base, device, dtype))}
+    def ask(name: str, model: GPT, tokenizer: Tokenizer | None) -> None:
+        items = asked(rows, tokenizer, model.cfg.context - cfg.eval.answer_tokens)
+        cut[name] = sum(item.streams[stream].cut for item in items for stream in (BENIGN, INJECTED))
+        if cut[name]:
+            print(f"warning: {name}: {cut[name]} requests are too long, and lose their middle, maybe the attack")
+        verdicts[name] = examine(model, tokenizer, items, cfg.eval.answer_tokens)
+
+    ask("base", *load_model(source.base, device, dtype))
     model, tokenizer = load_model(source.folder, device, dtype, merge=False)
     if source.is_adapter:
         with without_lora(model):
-            verdicts["LoRA off"] = answers_of(model, tokenizer)
-    verdicts["fine-tuned"] = answers_of(model, tokenizer)
-    return Report(calibration, verdicts, detection_by(model, tokenizer, rows, known, source.folder))
+            ask("LoRA off", model, tokenizer)
+    ask("fine-tuned", model, tokenizer)
+    return Report(calibration, verdicts, detection_by(model, tokenizer, rows, known, source.folder), cut)
 
 
 def detection_by(
@@ -166,7 +178,10 @@ def detection_by(
         return {}
     head = head.to(next(model.parameters()).device)
     room = model.cfg.context
-    seen = represented(model, head, asked(known, tokenizer, room))[0]
+    fitting = [item for item in (tokenised(row, tokenizer, room) for row in known) if item]  # as in the training
+    if not fitting:
+        return {}
+    seen = represented(model, head, fitting)[0]
     z = represented(model, head, asked(rows, tokenizer, room))[0]
     found = {}
     for name, belongs in GROUPS.items():
@@ -188,7 +203,8 @@ def table(report: Report) -> str:
     ]
     for group, first in scores["base"].items():
         cells = [str(found[group].attack_success) for found in scores.values()]
-        lines.append(f"| {group} | {first.attack_success.of} | {' | '.join(cells)} |")
+        label = group.replace("|", "\\|")
+        lines.append(f"| {label} | {first.attack_success.of} | {' | '.join(cells)} |")
     lines += ["", f"| utility, % | {' | '.join(scores)} |", "| --- |" + " --- |" * len(scores)]
     whole = [found["all rows"] for found in scores.values()]
     for label, value in (
@@ -220,7 +236,9 @@ def as_json(report: Report, source: Source, cfg: Config) -> dict[str, Any]:
         "suite": cfg.eval.suite,
         "model": str(source.folder),
         "base": source.base,
+        "trained_on": list(source.trained_on),
         "data": list(cfg.eval.data),
+        "cut": report.cut,
         "detectors": {**vars(report.calibration), "sound": report.calibration.sound},
         "acceptance": acceptance(report),
         "pass": all(acceptance(report).values()),
@@ -244,7 +262,7 @@ def output_of(cfg: Config, source: Source) -> Path:
     in_run = source.folder.parent.name == "checkpoints"
     default = source.folder.parents[1] / "injection.json" if in_run else Path("injection.json")
     path = default if cfg.eval.output is None else Path(cfg.eval.output)
-    if not path.parent.is_dir():
+    if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"eval.output: expected a file in a folder that exists, got {path}")
     return path
 

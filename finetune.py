@@ -30,11 +30,11 @@ from config import Config, ConfigError, FinetuneConfig, check, check_context, ch
 from contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
 from data import Batch, show, write_text
 from distributed import World, ranks, start, stop, total, unwrapped, whole
-from injection import INJECTED, Score, examine, refuse_unmeasurable, represented, score
+from injection import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
 from log import Peak, say
 from lora import LoraConfig, apply_lora, lora_state
 from model import GPT, IGNORE
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import DataError, Tokenizer, load_tokenizer
 from train import (
     Exam,
     LanguageModeling,
@@ -246,9 +246,17 @@ class Withstanding(Exam):
 
     def __init__(self, cfg: ContrastConfig, items: list[Tokenised], model: GPT, tokenizer: Tokenizer):
         self.items, self.most = spread(items, cfg.eval_rows), cfg.answer_tokens
-        refuse_unmeasurable(item.row for item in self.items)
+        self._try_detectors()
         self.floor = self._score(model, tokenizer).utility.value - POINT
         say(f"base       answers {self.floor + POINT:.1%} of {len(self.items)} benign validation requests exactly")
+
+    def _try_detectors(self) -> None:
+        rows = [item.row for item in self.items if not unmeasurable(item.row)]
+        if len(rows) < len(self.items):
+            say(f"note: {len(self.items) - len(rows)} of {len(self.items)} validation triplets do not say what an "
+                "attack is after (attack.canary): whether it succeeds is not measured there")  # fmt: skip
+        if rows and not (found := calibrate(rows)).sound:
+            raise DataError(f"contrast.val: the detectors cannot be trusted on these rows: {found}")
 
     def _score(self, model: GPT, tokenizer: Tokenizer) -> Score:
         was_training = model.training
@@ -260,9 +268,8 @@ class Withstanding(Exam):
         found, contrast = self._score(trainer.model, trainer.tokenizer), self._contrast(trainer)
         if contrast["contrast/collapse"] > COLLAPSED:
             say(f"warning: unrelated requests look alike: contrast/collapse {contrast['contrast/collapse']:.3f}")
-        shares = {"attack_success": found.attack_success, "utility": found.utility}
-        shares["utility_injected"] = found.utility_injected
-        return {name: share.value for name, share in shares.items()} | contrast
+        shares = {name: getattr(found, name) for name in ("attack_success", "utility", "utility_injected")}
+        return {name: share.value for name, share in shares.items() if share.of} | contrast
 
     def _contrast(self, trainer: Trainer) -> dict[str, float]:
         objective = unwrapped(trainer.objective)
@@ -283,7 +290,7 @@ class Withstanding(Exam):
 
     def rank(self, result: dict[str, float]) -> list[float]:
         shortfall = self.floor - result["utility"]
-        return [1 + shortfall if shortfall > 0 else result["attack_success"], result["loss"]]
+        return [1 + shortfall if shortfall > 0 else result.get("attack_success", 0.0), result["loss"]]
 
 
 def build_contrast(cfg: Config, world: World) -> Trainer:

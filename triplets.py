@@ -125,7 +125,7 @@ class Attack(NamedTuple):
     technique: str = "unknown"
     goal: str = "canary"
     canary: str | None = None
-    novelty: str = "seen"  # in what it is not in the training rows: family, wording, or nothing (seen)
+    novelty: str = "unknown"  # in what it is not in the training rows: family, wording, or nothing (seen)
 
 
 class Triplet(NamedTuple):
@@ -157,7 +157,7 @@ def triplet(row: Mapping[str, Any], where: str) -> Triplet:
             found[name] = _text(row, key)
         elif name in REQUIRED:
             raise BadRow(f"expected {' or '.join(aliases[:2])}, got {listed(row)}")
-    blank = next((name for name in (*REQUIRED[1:4], "answer") if not found[name].strip()), None)
+    blank = next((name for name, text in found.items() if name != "system" and not text.strip()), None)
     if blank is not None:
         raise BadRow(f"{blank}: expected text, got white space")
     one_sided = next((key for key in ONE_SIDED if key in row), None)
@@ -200,6 +200,9 @@ def _attack(row: Mapping[str, Any]) -> Attack:
     values = {key: _text(named, key) for key in Attack._fields if named.get(key) is not None}
     if not values.get("canary", "x").strip():
         raise BadRow("attack.canary: expected text, got white space")
+    strange = next((key for key, text in values.items() if key != "canary" and not text.isprintable()), None)
+    if strange is not None:  # tables and terminals show it
+        raise BadRow(f"attack.{strange}: expected printable characters, got {values[strange]!r:.60}")
     return Attack(**values)
 
 
@@ -208,11 +211,12 @@ def _digest(*texts: str) -> str:
 
 
 class TripletReader(RowReader):
-    """Triplets, each with its place as file:line; up to `most_bad` malformed rows are counted and left out."""
+    """Triplets, each with its place as file:line; up to `most_bad` malformed rows of all that the audit knows are
+    counted and left out."""
 
     def __init__(self, cfg: DataConfig, inputs: Sequence[Input], most_bad: int, audit: Audit) -> None:
         super().__init__(cfg, inputs)
-        self.most_bad, self.audit, self.bad = most_bad, audit, 0
+        self.most_bad, self.audit = most_bad, audit
 
     def items(self, raw: Any, cursor: list[Any]) -> Iterator[Triplet]:
         where = f"{self.inputs[cursor[0]].name}:{cursor[1]}"
@@ -221,9 +225,9 @@ class TripletReader(RowReader):
         yield triplet(row_object(raw), where)
 
     def _bad(self, item: Input, row: int, error: Exception) -> None:
-        self.bad += 1
-        if self.bad > self.most_bad:
-            excess = f" (bad row number {self.bad}, contrast.max_bad_rows is {self.most_bad})" if self.most_bad else ""
+        bad = self.audit.dropped.get("malformed", 0) + 1
+        if bad > self.most_bad:
+            excess = f" (bad row number {bad}, contrast.max_bad_rows is {self.most_bad})" if self.most_bad else ""
             raise DataError(f"{item.name}:{row}: {reason(error)}{excess}")
         self.audit.rows += 1
         self.audit.leave_out("malformed", f"{item.name}:{row}: {reason(error)}")
@@ -499,6 +503,11 @@ def numbered(names: Iterable[str]) -> list[int]:
     return [known.setdefault(name, len(known)) for name in names]
 
 
+def fits(lengths: Sequence[int], seq_len: int, rows: int) -> bool:
+    """Whether a step of `rows` x `seq_len` positions has room for a triplet."""
+    return max(lengths) <= seq_len and len(packed(lengths, seq_len)) <= rows
+
+
 class TripletBatches:
     """The global batch of each step, a pure function of (seed, step), as PretrainBatches.
 
@@ -513,7 +522,7 @@ class TripletBatches:
         self.items, self.seq_len, self.rows, self.seed, self.weights = items, seq_len, rows, seed, tuple(weights)
         self.lengths = np.array([item.lengths for item in items])
         for item, lengths in zip(items, self.lengths.tolist(), strict=True):
-            if len(packed(lengths, seq_len)) > rows:
+            if not fits(lengths, seq_len, rows):
                 need = f"{item.row.where}: its three prompts of {lengths} tokens"
                 raise DataError(f"{need} do not fit into a step of {rows} x {seq_len} tokens (finetune.batch_tokens)")
         digest = hashlib.sha256(repr((seq_len, self.weights)).encode())
@@ -611,7 +620,8 @@ def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, most: int) ->
     Streams are about as long as each other, so that in short rows there is often no room for one more. A row stays
     within `most` tokens. The number of ranks plays no part, because the width decides what is in a step.
     """
-    joined = [times for times in range(1, rows + 1) if rows % times == 0 and times * seq_len <= most] or [1]
+    joined = [times for times in range(1, rows + 1) if rows % times == 0 and times * seq_len <= most]
+    joined = [t for t in joined if all(fits(item.lengths, t * seq_len, rows // t) for item in items)] or [1]
     padding = {times * seq_len: TripletBatches(items, times * seq_len, rows // times).padding for times in joined}
     return next((width for width, share in padding.items() if share < PADDING), min(padding, key=padding.get))
 
@@ -619,7 +629,7 @@ def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, most: int) ->
 def triplet_windows(items: Sequence[Tokenised], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
     """The rows that every evaluation uses, in batches of at most `rows`: the same for any run, rank or world.
 
-    Triplets are taken at equal distances from all, about as many as fill `max_tokens` positions.
+    Triplets are taken from all over (`spread`), about as many as fill `max_tokens` positions.
     """
     chosen = spread(items, max(1, max_tokens * len(items) // sum(sum(item.lengths) for item in items)))
     slots = packed([length for item in chosen for length in item.lengths], seq_len)
@@ -628,9 +638,9 @@ def triplet_windows(items: Sequence[Tokenised], seq_len: int, max_tokens: int, *
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count`, at equal distances."""
-    count = min(count, len(items))
-    return [items[number * len(items) // count] for number in range(count)]
+    """At most `count`, in their order: always the same, but at no equal distances, where all may be of one kind."""
+    drawn = shuffled(np.arange(min(count, len(items))), len(items), random_key("spread"))
+    return [items[number] for number in sorted(drawn.tolist())]
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

@@ -558,6 +558,17 @@ def test_q01_the_plan_counts_the_head_and_all_streams(base: Path, rows: Path, tm
     assert f"weights {4 * size / 1e6:.0f} MB" in said
 
 
+def test_rows_that_name_no_attack_are_trained_on_all_the_same(base: Path, rows: Path, tmp_path: Path, capfd):
+    """What an attack is after is optional: without it the best checkpoint is the most useful one."""
+    for name in ("train", "val"):
+        kept = [{k: v for k, v in line.items() if k != "attack"} for line in runs.lines(rows / f"{name}.jsonl")]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    finetune.main(options(base, tmp_path, tmp_path / "run", "--steps=4", "--eval_every=2"))
+    assert "4 of 4 validation triplets do not say what an attack is after" in capfd.readouterr().err
+    found = [line for line in runs.lines(tmp_path / "run" / "metrics.jsonl") if "val/loss" in line]
+    assert all("val/attack_success" not in line and "val/utility" in line for line in found)
+
+
 def test_show_data_shows_the_three_streams(base: Path, rows: Path, tmp_path: Path, capfd):
     finetune.main([*options(base, rows, tmp_path / "run"), "--show_data"])
     out, err = capfd.readouterr()
@@ -568,14 +579,14 @@ def test_show_data_shows_the_three_streams(base: Path, rows: Path, tmp_path: Pat
 
 
 def test_mistakes_are_one_line(base: Path, rows: Path, tmp_path: Path):
-    nothing = tmp_path / "nothing.jsonl"
-    nothing.write_text(json.dumps({k: v for k, v in row(99).items() if k != "attack"}) + "\n")
+    poisoned = tmp_path / "poisoned.jsonl"  # by heart it would teach to obey
+    poisoned.write_text(json.dumps(row(99) | {"answer_injection": "canary99"}) + "\n")
     for more, code, words in (
         (("--batch_tokens=128",), 3, "do not fit into a step of 1 x 128"),
         ((f"--contrast.train={rows / 'val.jsonl'}",), 3, "both sides of the split"),
-        ((f"--contrast.val={nothing}",), 3, "attack.canary: expected"),
+        ((f"--contrast.val={poisoned}",), 3, "the detectors cannot be trusted on these rows"),
         (("--contrast.temperature=0",), 2, "contrast: temperature: expected above 0"),
-        (("--objective=contast",), 2, "did you mean"),
+        (("--objective=contast",), 2, "expected sft|contrast"),
     ):
         command = [sys.executable, str(runs.ROOT / "finetune.py"), *options(base, rows, tmp_path / "run", *more)]
         started = runs.launch(tmp_path / "out", command)
