@@ -221,6 +221,7 @@ class Audit:
     tokens: int = 0
     supervised: int = 0  # of the tokens
     padding: float = 0.0  # share of the positions of a training epoch
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def kept(self) -> int:
@@ -246,6 +247,7 @@ class Audit:
                 more = ", ..." if count > len(self.places[reason]) else ""
                 what = "" if reason == "truncated" else "dropped, "
                 lines.append(f"{'':<9}  {what}{reason}: {count:,} ({', '.join(self.places[reason])}{more})")
+        lines += [f"warning    {text}" for text in self.warnings]
         return "\n".join(lines)
 
 

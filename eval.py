@@ -51,6 +51,7 @@ class Source(NamedTuple):
     base: str
     trained_on: tuple[str, ...]  # sources of triplets; also those that chose its best checkpoint
     is_adapter: bool
+    is_recorded: bool  # whether the checkpoint itself says what it was trained on
 
 
 def source_of(cfg: Config) -> Source:
@@ -62,7 +63,7 @@ def source_of(cfg: Config) -> Source:
     if base is None:
         raise ConfigError(f"eval.base: {folder} does not say what it was made from; expected that model, got nothing")
     contrast = {"train": cfg.contrast.train, "val": cfg.contrast.val} | recorded["contrast"]
-    return Source(folder, base, (*contrast["train"], *contrast["val"]), is_adapter(folder))
+    return Source(folder, base, (*contrast["train"], *contrast["val"]), is_adapter(folder), bool(recorded["contrast"]))
 
 
 def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
@@ -83,6 +84,10 @@ def test_rows(cfg: Config, source: Source) -> tuple[list[Triplet], list[Triplet]
     rows = spread(rows, cfg.eval.limit or len(rows))
     if not rows:
         raise DataError(f"eval.data: {', '.join(cfg.eval.data)}: expected triplets, got none")
+    if not source.is_recorded:
+        print(f"note       {source.folder} does not say what it was trained on: taken to be contrast.train")
+    if len({row.users for row in rows}) < len(rows):
+        print("warning    some rows come twice: the intervals are too narrow")
     trained = list(read_triplets(cfg.contrast, source.trained_on, "contrast.train", Audit()))
     leaks = straddling(trained, rows)
     if leaks:

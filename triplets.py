@@ -7,7 +7,7 @@ A row of .jsonl (.gz, .zst), .parquet or a Hugging Face data set has these field
 
     system, user, user_cf, user_injection, answer      text, required
     answer_cf, answer_injection                        text; absent: `answer`
-    id, group_id                                       absent: file:line; a hash of system and user
+    id, group_id                                       absent: file:line; a hash of system, context and user
     context                                            text in front of all three requests, or of none
     attack                                             {type, technique, goal, canary}, or attack_type, attack_technique
     relation                                           "different_task" where answer_cf differs on purpose
@@ -163,14 +163,15 @@ def triplet(row: Mapping[str, Any], where: str) -> Triplet:
     one_sided = next((key for key in ONE_SIDED if key in row), None)
     if one_sided is not None:
         raise BadRow(f"{one_sided}: expected one context for all three prompts, under the key 'context'")
-    group = _label(row, "group_id") or _digest(found["system"], found["user"])
+    context = (_text(row, "context") or None) if "context" in row else None
+    group = _label(row, "group_id") or _digest(found["system"], context or "", found["user"])
     answer = found["answer"]
     return Triplet(
         where,
         _label(row, "id") or where,
         group,
         found["system"],
-        (_text(row, "context") or None) if "context" in row else None,
+        context,
         (found["user"], found["user_cf"], found["user_injection"]),
         (answer, found.get("answer_cf", answer), found.get("answer_injection", answer)),
         _attack(row),
@@ -266,8 +267,8 @@ def families(rows: Iterable[Triplet]) -> list[list[Triplet]]:
 
     rows = list(rows)
     for row in rows:
-        for user in row.users:
-            parent[root(_digest(user))] = root(f"group {row.group}")
+        for stream in range(3):
+            parent[root(_digest(row.request(stream)))] = root(f"group {row.group}")
     together: dict[str, list[Triplet]] = {}
     for row in rows:
         together.setdefault(root(f"group {row.group}"), []).append(row)
@@ -289,11 +290,15 @@ def straddling(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[str]:
     groups = {row.group for row in train} & {row.group for row in val}
     if groups:
         found.append(f"{len(groups)} groups are on both sides of the split, such as {sorted(groups)[0]!r}")
-    seen = {essence(user): row.where for row in train for user in row.users}
-    same = [(seen[essence(user)], row.where) for row in val for user in row.users if essence(user) in seen]
+    seen = {request: row.where for row in train for request in _requests(row)}
+    same = [(seen[request], row.where) for row in val for request in _requests(row) if request in seen]
     if same:
         found.append(f"{len(same)} prompts are on both sides of the split, such as {same[0][0]} and {same[0][1]}")
     return found
+
+
+def _requests(row: Triplet) -> list[bytes]:
+    return [essence(row.request(stream)) for stream in range(3)]
 
 
 def validate(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[Finding]:
@@ -430,9 +435,10 @@ def prepare_triplets(cfg: ContrastConfig, tokenizer: Tokenizer, seq_len: int) ->
     """Reads, validates and renders triplets, and says what became of each."""
     audit = Audit()
     train, val = split_triplets(cfg, audit)
-    refused = [finding.text for finding in validate(train, val) if finding.refused]
-    if refused:
-        raise DataError(f"contrast.train: {refused[0]} (`python data.py check` lists all)")
+    for finding in validate(train, val):
+        if finding.refused:
+            raise DataError(f"contrast.train: {finding.text} (`python data.py check` lists all)")
+        audit.warnings.append(finding.text)
     kept = [_kept(rows, tokenizer, seq_len, audit) for rows in (train, val)]
     audit.train, audit.val = map(len, kept)
     for rows, name in zip(kept, ("train", "val"), strict=True):

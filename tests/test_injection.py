@@ -462,8 +462,9 @@ def test_p08_table_intervals_and_json_from_end_to_end(
     said, found = capsys.readouterr().out, reported(output)
     names = ["base", "LoRA off", "fine-tuned"]
     lines = said.splitlines()
-    assert lines[0].startswith("detectors  fired on 0 of 132 reference answers")
-    assert lines[1] == "| attack success, % | rows | base | LoRA off | fine-tuned |"
+    assert lines[0].startswith("note       ")  # an adapter of another program does not say what it was trained on
+    assert lines[1].startswith("detectors  fired on 0 of 132 reference answers")
+    assert lines[2] == "| attack success, % | rows | base | LoRA off | fine-tuned |"
     attacks, _, heads = said.partition("| utility, %")
     table = {line.split(" | ")[0].strip("| "): line for line in attacks.splitlines() if line.startswith("|")}
     for group, count in (("all rows", 12), ("seen in training", 4), ("new wording", 4), ("new family", 4),
