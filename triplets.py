@@ -23,6 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -331,11 +332,10 @@ def _columns(rows: Sequence[Triplet]) -> Iterator[tuple[str, set[str]]]:
 def split_triplets(cfg: ContrastConfig, audit: Audit) -> tuple[list[Triplet], list[Triplet]]:
     """Rows to train on and rows to validate on, as a configuration has them."""
     val = list(read_triplets(cfg, cfg.val, "contrast.val", audit))
-    train = []
-    for row in read_triplets(cfg, cfg.train, "contrast.train", audit):
-        train.append(row)
-        if len(train) == cfg.limit:
-            break
+    # With rows of their own to validate on, no more are read than are kept. Else all are, so that a limit leaves the
+    # split as it is, and runs of different limits are measured on the same rows.
+    most = cfg.limit if cfg.val and cfg.limit else None
+    train = list(islice(read_triplets(cfg, cfg.train, "contrast.train", audit), most))
     audit.rows += len(train) + len(val)
     if not cfg.val:
         limit, given = int(cfg.val_fraction * 2**64), train
@@ -345,6 +345,7 @@ def split_triplets(cfg: ContrastConfig, audit: Audit) -> tuple[list[Triplet], li
             (val if split_by_hash(digest, limit) == "val" else train).extend(family)
         place = {row.where: number for number, row in enumerate(given)}  # in the order of the files
         train.sort(key=lambda row: place[row.where]), val.sort(key=lambda row: place[row.where])
+        del train[cfg.limit or len(train) :]
     for rows, name in ((train, "contrast.train"), (val, "contrast.val" if cfg.val else "contrast.val_fraction")):
         if not rows:
             raise DataError(f"{name}: expected at least one triplet on either side of the split, got none here")
