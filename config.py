@@ -27,6 +27,7 @@ from chat import ChatConfig
 from corpus import DataConfig
 from lora import LoraConfig
 from model import ModelConfig, Sampling
+from routing import RoutingConfig, routed_layers
 
 DEFECT = 1  # exit code of an error of the program
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -198,6 +199,7 @@ class InferConfig:
 class Config:
     run: RunConfig
     model: ModelConfig
+    routing: RoutingConfig
     data: DataConfig
     chat: ChatConfig
     train: TrainConfig
@@ -259,6 +261,10 @@ def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> 
         raise ConfigError(f"{name}.batch_tokens: {rows} cannot be shared by {world_size} ranks")
     if loop is cfg.train:  # else the model comes from a checkpoint
         check_context(loop, cfg.model)
+        try:
+            routed_layers(cfg.model, cfg.routing)
+        except ValueError as error:
+            raise ConfigError(f"routing.kind {cfg.routing.kind}: {error}") from None
 
 
 def check_context(loop: TrainConfig, model: ModelConfig) -> None:

@@ -11,6 +11,7 @@ sees another. After the warm-up the rate falls when the validation loss stops fa
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from distributed import World, ranks, start, stop
 from log import Peak, say
 from lora import LoraConfig, apply_lora, lora_state
 from model import GPT
+from routing import MODULES_TO_SAVE, RoutingConfig, penalty_weights
 from tokenizer import Tokenizer
-from train import LanguageModeling, ResumeError, Trainer, WholeModel, assemble, main_first, run, written
+from train import LanguageModeling, ResumeError, RoutedModel, Trainer, WholeModel, assemble, main_first, run, written
 
 # Frozen weights have no gradients, packed rows attend to less, and logits are computed for trained tokens alone.
 UNCOUNTED = Peak(None, "n/a, since a step of fine-tuning computes less than `flops_per_token` counts")
-SECTIONS = ("run", "finetune", "chat", "lora")  # of the configuration, which decide what comes out
+SECTIONS = ("run", "finetune", "routing", "chat", "lora")  # of the configuration, which decide what comes out
 
 
 class AdapterOnly(WholeModel):
@@ -40,6 +42,8 @@ class AdapterOnly(WholeModel):
 
     def __init__(self, lora: LoraConfig, base: str, base_hash: str):
         self.lora, self.base, self.base_hash = lora, base, base_hash
+        if set(lora.modules_to_save) & {"causal_router"}:
+            self.loaded_by = RoutedModel.loaded_by
 
     def tensors(self, model: GPT) -> dict[str, Tensor]:
         return lora_state(model)
@@ -62,10 +66,16 @@ def base_of(loop: FinetuneConfig) -> Path:
     return resolve(loop.base_ckpt)
 
 
-def load_base(loop: FinetuneConfig) -> tuple[GPT, Tokenizer, str, str]:
-    """(model in fp32, its tokenizer, the folder it came from, the hash of its weights)"""
+def load_base(
+    loop: FinetuneConfig, routing: RoutingConfig | None = None, seed: int = 0
+) -> tuple[GPT, Tokenizer, str, str]:
+    """(model in fp32, its tokenizer, the folder it came from, the hash of its weights)
+
+    routing: kind dense leaves the base as it is; another gives a dense base routers, drawn from the seed
+    """
     folder = base_of(loop)
-    model, tokenizer = load_model(folder, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model, tokenizer = load_model(folder, dtype=torch.float32, routing=routing)
     if tokenizer is None:
         raise ConfigError(f"finetune.base_ckpt: {folder} has no tokenizer")
     check_context(loop, model.cfg)
@@ -99,17 +109,25 @@ def open_chat(cfg: Config, data: ChatData, rows: int) -> ChatBatches:
     return ChatBatches(data.train, cfg.finetune.seq_len, rows, cfg.run.seed, pack=cfg.chat.pack)
 
 
+def with_routers(lora: LoraConfig, kind: str) -> LoraConfig:
+    """Adapters leave routers alone: these are trained in full beside them."""
+    return replace(lora, modules_to_save=tuple(dict.fromkeys((*lora.modules_to_save, *MODULES_TO_SAVE[kind]))))
+
+
 def build(cfg: Config, world: World) -> Trainer:
     loop = cfg.finetune
-    model, tokenizer, base, base_hash = load_base(loop)
+    model, tokenizer, base, base_hash = load_base(loop, cfg.routing, cfg.run.seed)
     data = main_first(world, lambda: prepare_chat(cfg.chat, tokenizer, loop.seq_len))
     say(str(data.audit))
     batches = open_chat(cfg, data, loop.rows)
     windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
     torch.manual_seed(cfg.run.seed)
-    apply_lora(model, cfg.lora)
-    objective = LanguageModeling(model.to(world.device), {"z_loss": loop.z_loss})
-    store = AdapterOnly(cfg.lora, base, base_hash) if cfg.lora.rank else WholeModel()
+    lora, weights = cfg.lora, {"z_loss": loop.z_loss}
+    if model.routing:
+        lora, weights = with_routers(lora, model.routing.kind), weights | penalty_weights(model.routing)
+    apply_lora(model, lora)
+    objective = LanguageModeling(model.to(world.device), weights)
+    store = AdapterOnly(lora, base, base_hash) if lora.rank else RoutedModel() if model.routing else WholeModel()
     return assemble(cfg, loop, world, objective, tokenizer, batches, windows, answer(data), store, UNCOUNTED)
 
 

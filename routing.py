@@ -732,13 +732,17 @@ ROUTERS: dict[str, type[LayerRouter]] = {"mod": MoDRouter, "dtf": DTFRouter, "td
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
+def make_routers(cfg: ModelConfig, routing: RoutingConfig) -> nn.ModuleDict:
+    """Fresh routers by layer: none with kind dense."""
+    layers = routed_layers(cfg, routing)
+    return nn.ModuleDict({str(i): ROUTERS[routing.kind](cfg, routing, i, len(layers)) for i in layers})
+
+
 def build_model(cfg: ModelConfig, routing: RoutingConfig) -> GPT:
     """The decoder with its routers; with kind dense the plain decoder. Its own weights depend on the seed alone."""
     model = GPT(cfg)
-    layers = routed_layers(cfg, routing)
-    for layer in layers:
-        model.routers[str(layer)] = ROUTERS[routing.kind](cfg, routing, layer, len(layers))
-    model.routing = routing if layers else None
+    model.routers = make_routers(cfg, routing)
+    model.routing = routing if len(model.routers) else None
     return model
 
 

@@ -23,13 +23,13 @@ IMPORTS = {
     "corpus": {"tokenizer"},
     "data": {"corpus", "tokenizer"},
     "chat": {"corpus", "data", "tokenizer"},
-    "config": {"model", "lora", "corpus", "chat"},
-    "checkpoint": {"config", "lora", "model", "tokenizer"},
+    "config": {"model", "routing", "lora", "corpus", "chat"},
+    "checkpoint": {"config", "lora", "model", "routing", "tokenizer"},
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
     "infer": {"config", "model", "tokenizer", "checkpoint", "distributed"},
-    "optim": {"config", "distributed"},
-    "log": {"config", "distributed", "model", "runfolder"},
-    "plan": {"config", "distributed", "log", "model", "optim"},
+    "optim": {"config", "distributed", "routing"},
+    "log": {"config", "distributed", "model", "routing", "runfolder"},
+    "plan": {"config", "distributed", "log", "model", "optim", "routing"},
     "train": {
         "config",
         "model",
@@ -42,6 +42,7 @@ IMPORTS = {
         "optim",
         "log",
         "plan",
+        "routing",
     },
     "finetune": {
         "chat",
@@ -52,6 +53,7 @@ IMPORTS = {
         "log",
         "lora",
         "model",
+        "routing",
         "tokenizer",
         "train",
     },
@@ -204,5 +206,5 @@ def test_k04_every_configuration_key_is_read_somewhere():
     for section, kind in get_type_hints(Config).items():
         assert is_dataclass(kind)
         for field in fields(kind):
-            read = re.search(rf"\b(?:cfg|self|train|loop|log|infer|finetune|run|data|m|model)\.{field.name}\b", code)
+            read = re.search(rf"\b(?:cfg|self|train|loop|log|infer|finetune|run|data|m|model|routing)\.{field.name}\b", code)
             assert read or field.name in handed_on, f"{section}.{field.name}"
