@@ -839,7 +839,7 @@ def export(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, dtype: t
     with _new_folder(Path(folder)) as unfinished:
         write_folder(model, tokenizer, unfinished, dtype)
         if model.routing:
-            note = ROUTED_NOTE.format(layers=", ".join(model.routers), **asdict(model.routing))
+            note = ROUTED_NOTE.format(layers=", ".join(model.routers), kind=model.routing.kind)
             (unfinished / "README.md").write_text(note, encoding="utf-8")
 
 

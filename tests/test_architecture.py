@@ -206,5 +206,7 @@ def test_k04_every_configuration_key_is_read_somewhere():
     for section, kind in get_type_hints(Config).items():
         assert is_dataclass(kind)
         for field in fields(kind):
-            read = re.search(rf"\b(?:cfg|self|train|loop|log|infer|finetune|run|data|m|model|routing)\.{field.name}\b", code)
+            read = re.search(
+                rf"\b(?:cfg|self|train|loop|log|infer|finetune|run|data|m|model|routing)\.{field.name}\b", code
+            )
             assert read or field.name in handed_on, f"{section}.{field.name}"
