@@ -179,6 +179,7 @@ class InferConfig:
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     allow_special: bool = False
     allow_mismatch: bool = False
+    show_routing: bool = False
 
     def __post_init__(self) -> None:
         self.sampling()

@@ -783,6 +783,17 @@ def mean_stats(stats: Named) -> Named:
     return single | {f"mean/{name}": torch.stack(values).mean() for name, values in groups.items()}
 
 
+@torch.no_grad()
+def tokens_used(model: GPT, ids: Sequence[int]) -> list[int]:
+    """How many routed layers compute each token of a text, decided as in use: what a picture of it needs."""
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    stats = model(torch.tensor([list(ids)], device=device), length=model.cfg.context).stats
+    model.train(was_training)
+    return layers_used(stats)[0].tolist()
+
+
 def layers_used(stats: Named) -> Tensor:
     """How many routed layers computed each token, [B, T]."""
     return sum(value.long() for name, value in stats.items() if name.endswith("/chosen"))

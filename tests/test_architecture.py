@@ -26,7 +26,7 @@ IMPORTS = {
     "config": {"model", "routing", "lora", "corpus", "chat"},
     "checkpoint": {"config", "lora", "model", "routing", "tokenizer"},
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
-    "infer": {"config", "model", "tokenizer", "checkpoint", "distributed"},
+    "infer": {"config", "model", "routing", "tokenizer", "checkpoint", "distributed"},
     "optim": {"config", "distributed", "routing"},
     "log": {"config", "distributed", "model", "routing", "runfolder"},
     "plan": {"config", "distributed", "log", "model", "optim", "routing"},

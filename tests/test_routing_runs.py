@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ import tiny
 import torch
 from test_finetune import base, pairs  # noqa: F401
 from test_finetune import options as tuning
+from test_infer import run as run_infer
 from torch import Tensor
 
 import finetune
+import infer
 import model as dense
 import plan
 import train
@@ -28,8 +31,9 @@ from distributed import World
 from finetune import with_routers
 from lora import LoraConfig, apply_lora, lora_state
 from model import GPT, IGNORE, ModelConfig
-from routing import RoutingConfig, at_step, build_model, flops_per_token, penalty_weights, routed_by
+from routing import RoutingConfig, at_step, build_model, flops_per_token, penalty_weights, routed_by, tokens_used
 from runfolder import verify
+from tokenizer import load_tokenizer
 from train import LanguageModeling, micro_batches
 
 KINDS = ("mod", "dtf", "tdtf")
@@ -464,3 +468,46 @@ def test_the_memory_estimate_falls_with_the_capacity(kind: str):
         whole = plan.memory_estimate(GPT(HALF_B), cfg, 4)["activations"]
     assert found[0] < found[1] < whole
     assert found == sorted(found)
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_a_text_is_its_text_with_a_shade_for_each_piece():
+    pieces = [("def", 0), (" add\n", 2), ("(", 2), ("\x1b[2J", 1)]
+    assert infer.shaded(pieces, 2, colour=False) == "[0]def[2] add\n([1]\x1b[2J"
+    picture = infer.shaded(pieces, 2, colour=True)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", picture).count("\x1b") == 0  # what the text brings is spelled out
+    assert re.findall(r"48;5;(\d+)m", picture) == ["234", "254", "254", "244"]
+    assert re.sub(r"\x1b\[[0-9;]*m", "", picture).startswith("def add\n(")
+
+
+def test_infer_shows_where_a_model_computes(tmp_path: Path):
+    torch.manual_seed(0)
+    gpt = build_model(tiny.config(vocab_size=259, num_hidden_layers=4), RoutingConfig(kind="mod", capacity=0.5))
+    with routed_by(gpt.eval(), "calibrate"), torch.no_grad():
+        gpt(torch.randint(259, (1, 64)))
+    export(gpt, load_tokenizer("bytes"), tmp_path / "model")
+    shown = run_infer(tmp_path / "model", "--show_routing", "--prompt", "naïve text", "--max_new_tokens", "0")
+    assert re.sub(r"\[\d\]", "", shown.stdout) == "naïve text\n"
+    assert "of 2 routed layers: [0] 0 [1] 1 [2] 2" in shown.stderr
+    ids = load_tokenizer("bytes").encode("naïve text")
+    used = tokens_used(gpt, ids)
+    assert f"computed {100 * sum(used) / 2 / len(used):.1f} %" in shown.stderr
+    more = run_infer(tmp_path / "model", "--show_routing", "--prompt", "naïve text", "--max_new_tokens", "5")
+    assert f"{len(ids) + 5} tokens" in more.stderr
+    export(GPT(gpt.cfg), load_tokenizer("bytes"), tmp_path / "dense")
+    refused = run_infer(tmp_path / "dense", "--show_routing", "--prompt", "a")
+    assert refused.returncode == 2
+    assert "expected a model with routed layers" in refused.stderr
+
+
+@each_kind
+def test_text_from_the_command_line_with_and_without_beams(kind: str, tmp_path: Path):
+    torch.manual_seed(0)
+    gpt = build_model(tiny.config(vocab_size=259, num_hidden_layers=4), RoutingConfig(kind=kind, capacity=0.5)).eval()
+    export(gpt, load_tokenizer("bytes"), tmp_path / "model")
+    for more in (["--temperature", "0"], ["--num_beams", "3"]):
+        done = run_infer(tmp_path / "model", "--prompt", "def ", "--max_new_tokens", "9", *more)
+        assert done.returncode == 0
+        assert "9 written" in done.stderr
