@@ -68,6 +68,7 @@ IMPORTS = {
         "model",
         "optim",
         "plan",
+        "routing",
         "train",
     },
 }
