@@ -441,6 +441,45 @@ def test_inv_11_padding_changes_nothing(kind: str, mode: str, side: str):
 
 
 @each_kind
+def test_padding_on_the_left_goes_with_a_cache(kind: str):
+    gpt, ids, pad = model(kind), tokens(), 6
+    full, cache = run(gpt, ids).logits, KVCache(gpt.cfg, B, length=T + pad)
+    padded = torch.cat([tokens(length=pad, seed=4), ids], 1)
+    mask, start = (torch.arange(T + pad) >= pad).expand(B, -1), 0
+    for count in (pad + 3, 1, 1, 5, 7):
+        with torch.no_grad():
+            out = gpt(padded[:, start : start + count], cache=cache, attn_mask=mask).logits[:, 0]
+        start += count
+        torch.testing.assert_close(out, full[:, start - pad - 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@each_kind
+def test_inv_24_the_operator_and_its_gradients_equal_those_of_a_mask_over_all_tokens(kind: str, share: float):
+    """No kernel of our own: gather, block, scatter. The slow twin computes all tokens and lets them see the chosen."""
+    gpt, ids = model(kind), tokens()
+    block, found = gpt.model.layers[1], []
+    for fast in (True, False):
+        gpt.zero_grad()
+        x = torch.randn(B, T, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        gate = torch.rand(B, T, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        ctx = gpt._context(ids, [T] * B)
+        chosen = top(x.sum(-1), None, share)
+        if fast:
+            out = routing.compute(block, x, chosen, gate, ctx)
+        else:
+            seen = torch.ones(T, T, dtype=torch.bool).tril() & chosen.mask[:, None, :]
+            seen = seen | torch.eye(T, dtype=torch.bool)  # what passes by may look at itself: nobody reads it
+            update = block(x, ctx._replace(mask=seen[:, None])) - x
+            out = x + torch.where(chosen.mask, gate, 0)[..., None] * update
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
+        (out * weights).sum().backward()
+        found.append([out, x.grad, gate.grad, *(p.grad for p in block.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.detach().abs().max())))
+
+
+@each_kind
 def test_a_row_of_padding_alone_is_finite_and_selects_nothing(kind: str):
     gpt, ids = model(kind), tokens()
     for mode in ("topk", "causal"):
@@ -782,3 +821,26 @@ def test_which_layers_are_routed():
     with pytest.raises(ValueError, match="layers below 4"):
         build_model(four, RoutingConfig(kind="mod", layers=(4,)))
     assert replace(RoutingConfig(), kind="mod").share == 0.125
+
+
+@each_kind
+def test_routing_is_computed_in_fp32_in_every_precision(kind: str):
+    """In bf16 the scores of a row would round to a few values, and tokens would be selected by position."""
+    gpt, ids = model(kind).train(), tokens()
+    exact = gpt(ids, ids.roll(-1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gpt(ids, ids.roll(-1, 1))
+        (out.loss + sum(value.sum() for value in out.penalties.values())).backward()
+    assert all(p.grad.isfinite().all() for p in gpt.parameters() if p.grad is not None)
+    for name, value in out.penalties.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact.penalties[name], rtol=0.05, atol=0.05)
+    gpt.eval().model.to(torch.bfloat16)
+    for router in gpt.routers.values():
+        seen = []
+        router.causal_router.register_forward_hook(lambda *a, seen=seen: seen.append(a[2].dtype))
+        last, _ = cached(gpt, ids, [5, 1, 1, 10])
+        assert last.isfinite().all()
+        assert set(seen) == {torch.float32}
+    narrow = generate(gpt, ids.tolist(), max_new_tokens=5, cache_dtype=torch.float16, temperature=0.0)
+    assert all(len(row) == T + 5 for row in narrow)
