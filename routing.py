@@ -351,6 +351,8 @@ class CausalRouter(nn.Module):
     def calibrate(self, logits: Tensor, valid: Tensor | None, share: float) -> None:
         """Set the threshold to where this share of the tokens lies above it."""
         found = logits.flatten() if valid is None else logits[valid]
+        if not len(found):
+            return
         found = found.sigmoid().sort(descending=True).values
         wanted = min(len(found), round(share * len(found)))
         edge = found[max(0, wanted - 1) : wanted + 1]
@@ -572,10 +574,11 @@ class LayerRouter(nn.Module):
         """Mean, extremes and standard deviation of values [B, T] over all tokens."""
         values = values.detach().float()
         mean = _mean(values, valid)
-        low, high = values, values
-        if valid is not None:
-            low, high = values.masked_fill(~valid, math.inf), values.masked_fill(~valid, -math.inf)
-        found = {"": mean, "_min": low.min(), "_max": high.max()}
+        low, high = values.min(), values.max()
+        if valid is not None:  # where all is padding, 0: an infinity would spoil whatever it is averaged with
+            low, high = values.masked_fill(~valid, math.inf).min(), values.masked_fill(~valid, -math.inf).max()
+            low, high = (torch.where(valid.any(), extreme, 0.0) for extreme in (low, high))
+        found = {"": mean, "_min": low, "_max": high}
         found["_std"] = _mean((values - mean).square(), valid).sqrt()
         stats.update({f"{self.layer}/{name}{end}": value for end, value in found.items()})
 

@@ -487,6 +487,10 @@ def test_a_row_of_padding_alone_is_finite_and_selects_nothing(kind: str):
         assert out.logits.isfinite().all()
         assert not any(any(found[1]) for found in masks(out).values())
         assert all(float(v[1]) == 0 and v.isfinite().all() for v in out.penalties.values())
+    nothing = torch.full_like(ids, -100)  # as ranks without a window of their own evaluate it
+    for mode in ("topk", "causal", "calibrate"):
+        out = run(gpt, ids, mode, targets=nothing, at=torch.empty(0, dtype=torch.long))
+        assert all(v.isfinite().all() for v in (*out.stats.values(), *out.penalties.values(), out.loss))
 
 
 @each_kind

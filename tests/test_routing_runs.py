@@ -470,6 +470,32 @@ def test_the_memory_estimate_falls_with_the_capacity(kind: str):
     assert found == sorted(found)
 
 
+@pytest.mark.parametrize("share", [0.125, 0.5])
+@each_kind
+def test_the_memory_estimate_is_what_a_forward_keeps(kind: str, share: float):
+    """Counted at autograd's own hooks: storages that are kept for the backward, parameters left out."""
+    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    gpt = build_model(ModelConfig(**shape), RoutingConfig(kind=kind, capacity=share)).train()
+    own, kept = {p.untyped_storage().data_ptr() for p in gpt.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(512, (1, 512))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = gpt(ids, ids)
+        total = out.loss + sum(value.sum() for value in out.penalties.values())
+    found = sum(storage.nbytes() for storage in kept.values())
+    loop = replace(load_config([], "train").train, seq_len=512, batch_tokens=512)
+    estimate = plan.memory_estimate(gpt, loop, 1)
+    assert estimate["activations"] + estimate["logits"] == pytest.approx(found, rel=0.15)
+    assert total.requires_grad
+
+
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
