@@ -4,6 +4,8 @@
     python bench.py --preset 50M --device cpu
     python bench.py sft                      fine-tuning: trained tokens per second, and memory at its peak
     python bench.py sft --peer               and beside it transformers, with peft where --lora.rank is not 0
+    python bench.py routing                  routed layers beside dense ones: training, prefill, decoding, cache, FLOPs
+    python bench.py routing --quality        what they learn: validation loss at equal steps and at equal FLOPs
 
 Figures are medians of several turns in which the things compared alternate, so that a slow moment of the machine hits
 all of them. Quote ratios rather than times.
@@ -11,6 +13,7 @@ all of them. Quote ratios rather than times.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
@@ -20,7 +23,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +39,8 @@ from lora import apply_lora
 from model import GPT, IGNORE, KVCache, flops_per_token
 from optim import Optimizers, parameter_groups
 from plan import micro_rows
+from routing import RoutingConfig, build_model, penalty_weights, routed_by
+from routing import flops_per_token as routed_flops
 from train import LanguageModeling, micro_batches, train_step
 
 TURNS = 7
@@ -42,10 +49,10 @@ SFT_STEPS, SFT_TURNS = 10, 3  # optimizer steps of a turn, the first of which do
 NEAR, FAR = 64, 512  # cached tokens between which the time of one more should not grow
 
 
-def medians(actions: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+def medians(actions: dict[str, Callable[[], None]], device: torch.device, turns: int = TURNS) -> dict[str, float]:
     """Median seconds of each action, taken in turn, after one turn that does not count."""
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(TURNS + 1):
+    for turn in range(turns + 1):
         for name, action in actions.items():
             started = time.perf_counter()
             action()
@@ -86,9 +93,10 @@ def reading(model: GPT, tokens: int) -> Callable[[], None]:
 
 def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     """One optimizer step of the real loop."""
-    model = GPT(cfg.model).to(device).train()
-    objective, rows = LanguageModeling(model, {}), max(1, 2048 // cfg.train.seq_len)
-    optimizers = Optimizers(parameter_groups(model, cfg.train), cfg.train)
+    model = build_model(cfg.model, cfg.routing).to(device).train()
+    objective = LanguageModeling(model, penalty_weights(cfg.routing))
+    rows = max(1, 2048 // cfg.train.seq_len)
+    optimizers = Optimizers(parameter_groups(model, cfg.train), cfg.train, model.routing)
     ids = torch.randint(cfg.model.vocab_size, (rows, cfg.train.seq_len + 1), device=device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     scaler, alone = torch.amp.GradScaler(device.type, enabled=False), World(0, 0, 1, device)
@@ -213,7 +221,167 @@ def sft(argv: list[str]) -> None:
     print(json.dumps(medians))
 
 
+# --- routed layers, beside dense ones ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Variant:
+    """One way to route, and what it needs to be measured."""
+
+    routing: RoutingConfig
+    length: int
+
+    @property
+    def name(self) -> str:
+        share = "" if self.routing.kind == "dense" else f" {self.routing.share:g}"
+        return f"{self.routing.kind}{share}"
+
+
+def listed(text: str) -> list[str]:
+    return text.split(",")
+
+
+def routing_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options of this benchmark, the others, which are those of config.yaml)"""
+    parser = argparse.ArgumentParser(prog="python bench.py routing", add_help=False, allow_abbrev=False)
+    parser.add_argument("--quality", action="store_true")
+    parser.add_argument("--kinds", type=listed, default=["mod", "dtf", "tdtf"])
+    parser.add_argument("--capacities", type=listed, default=None)
+    parser.add_argument("--lengths", type=listed, default=["1024", "4096"])
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--seeds", type=listed, default=["1337", "1", "2"])
+    return parser.parse_known_args(argv)
+
+
+def variants(cfg: Config, options: argparse.Namespace, length: int) -> list[Variant]:
+    shares = [float(share) for share in options.capacities or ["0.125", "0.25", "0.5", "0.75"]]
+    ways = [replace(cfg.routing, kind="dense")]
+    ways += [replace(cfg.routing, kind=kind, capacity=share) for kind in options.kinds for share in shares]
+    return [Variant(way, length) for way in ways]
+
+
+def routing_speed(argv: list[str]) -> None:
+    """Rates of each variant in one run, medians of turns in which all variants alternate."""
+    options, rest = routing_options(argv)
+    usage = "python bench.py routing [--kinds mod,dtf,tdtf] [--capacities 0.125,0.5] [--lengths 1024,4096] [--turns N]"
+    cfg = load_config(rest, "train", usage=f"{usage} [FILE.yaml] [--preset NAME] [--key=value ...]")
+    check(cfg)
+    device = pick_device(cfg.run.device)
+    dtype, reason = pick_dtype(cfg.run.dtype, device)
+    print(
+        f"{device}, {str(dtype).removeprefix('torch.')} ({reason}); medians of {options.turns} turns; x: beside dense"
+    )
+    results = [row for text in options.lengths for row in at_length(cfg, options, int(text), device, dtype)]
+    columns = ("train_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_tokens_per_s_batch_8")
+    print("| tokens | model | train tokens/s | prefill tokens/s | decode tokens/s | at batch 8 | KV MB | used | "
+          "MFLOP/token |")  # fmt: skip
+    print("| --- " * 9 + "|")
+    plain = {row["length"]: row for row in results if row["name"] == "dense"}
+    for row in results:
+        rates = [f"{row[key]:,.0f} ({row[key] / plain[row['length']][key]:.2f} x)" for key in columns]
+        rates += [f"{row['kv_bytes'] / 1e6:.2f}", f"{100 * row['used']:.1f} %", f"{row['flops_per_token'] / 1e6:.1f}"]
+        print(f"| {row['length']:,} | {row['name']} | " + " | ".join(rates) + " |")
+    print(json.dumps(results))
+
+
+def at_length(
+    cfg: Config, options: argparse.Namespace, length: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """The figures of all variants at rows of `length` tokens."""
+    shape = replace(cfg.model, max_position_embeddings=max(cfg.model.max_position_embeddings, length + 16))
+    loop = replace(cfg.train, seq_len=length, batch_tokens=length, micro_batch="auto")
+    ways, actions, models = variants(cfg, options, length), {}, {}
+    for way in ways:
+        torch.manual_seed(cfg.run.seed)
+        model = models[way.name] = build_model(shape, way.routing).to(device, dtype).eval()
+        model.routers.float()
+        calibrate_on_noise(model, length)
+        own = replace(cfg, model=shape, train=loop, routing=way.routing)
+        actions[way.name, "train"] = training(own, device, dtype)
+        actions[way.name, "read"] = reading(model, length)
+        actions[way.name, "one"] = decoding(model, 1, length, dtype)
+        actions[way.name, "eight"] = decoding(model, 8, length, dtype)
+    seconds = medians(actions, device, options.turns)
+    rows = max(1, 2048 // length) * length
+    found = []
+    for way in ways:
+        nbytes, used = cache_of(models[way.name], length, dtype)
+        found.append({
+            "length": length, "name": way.name, "kv_bytes": nbytes, "used": used,
+            "train_tokens_per_s": rows / seconds[way.name, "train"],
+            "prefill_tokens_per_s": length / seconds[way.name, "read"],
+            "decode_tokens_per_s": 10 / seconds[way.name, "one"],
+            "decode_tokens_per_s_batch_8": 80 / seconds[way.name, "eight"],
+            "flops_per_token": routed_flops(shape, way.routing, length),
+        })  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def calibrate_on_noise(model: GPT, length: int) -> None:
+    """Random weights on random tokens, so that a causal router computes its capacity's share of them."""
+    ids = torch.randint(model.cfg.vocab_size, (1, length), device=model.get_input_embeddings().weight.device)
+    with routed_by(model, "calibrate"):
+        model(ids, length=length + 16)
+
+
+@torch.no_grad()
+def cache_of(model: GPT, length: int, dtype: torch.dtype) -> tuple[int, float]:
+    """(bytes of the cache of one row, share of the tokens that routed layers computed)"""
+    cache = KVCache(model.cfg, 1, dtype, length=length)
+    ids = torch.randint(model.cfg.vocab_size, (1, length), device=model.get_input_embeddings().weight.device)
+    stats = model(ids, cache=cache).stats
+    shares = [float(value) for name, value in stats.items() if name.endswith("selected_fraction")]
+    return cache.nbytes, statistics.mean(shares or [1.0])
+
+
+def routing_quality(argv: list[str]) -> None:
+    """Runs of train.py, each in a process and folder of its own, with as many steps and with as many FLOPs as dense."""
+    options, rest = routing_options(argv)
+    usage = "python bench.py routing --quality [--kinds mod,dtf,tdtf] [--capacities 0.5] [--seeds 1337,1,2]"
+    cfg = load_config(rest, "train", usage=f"{usage} [FILE.yaml] [--preset NAME] [--key=value ...]")
+    whole = routed_flops(cfg.model, None, cfg.train.seq_len)
+    runs = [("dense", "", "steps", cfg.train.steps)]
+    for kind in options.kinds:
+        for share in options.capacities or ["0.5"]:
+            routing = replace(cfg.routing, kind=kind, capacity=float(share))
+            equal = round(cfg.train.steps * whole / routed_flops(cfg.model, routing, cfg.train.seq_len))
+            runs += [(kind, share, "steps", cfg.train.steps), (kind, share, "FLOPs", max(1, equal))]
+    print("| model | equal | steps | val/loss, causal | val/loss, top-k | tokens used | causal BCE / baseline |")
+    print("| --- " * 7 + "|", flush=True)
+    for kind, share, equal, steps in runs:
+        ends = [one_run(rest, kind, share, steps, seed) for seed in options.seeds]
+        losses = [spread([end.get(key, end["val/loss"]) for end in ends]) for key in ("val/loss", "val/loss_topk")]
+        told = "-"
+        if kind != "dense":
+            bce = [end["val/router/mean/causal_bce"] / end["val/router/mean/causal_bce_baseline"] for end in ends]
+            told = spread(bce)
+        used = 100 * statistics.mean(end.get("val/used", 1.0) for end in ends)
+        print(f"| {kind} {share} | {equal} | {steps} | {losses[0]} | {losses[1]} | {used:.1f} % | {told} |", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{statistics.mean(values):.4f} +- {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
+
+
+def one_run(argv: list[str], kind: str, share: str, steps: int, seed: str) -> dict[str, float]:
+    """The last evaluation of a run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        own = [f"--run.dir={scratch}/run", f"--run.seed={seed}", f"--train.steps={steps}", f"--routing.kind={kind}"]
+        own += [f"--routing.capacity={share}"] if share else []
+        kept = [word for word in argv if not word.startswith(("--train.steps", "--steps", "--run.seed", "--seed"))]
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *kept, *own, f"--run.save_every={steps}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{kind} {share}: {done.stderr.strip().splitlines()[-1]}")
+        rows = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if "val/loss" in row][-1]
+
+
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["routing"]:
+        return routing_quality(argv[1:]) if "--quality" in argv else routing_speed(argv[1:])
     if argv[:1] == ["sft"]:
         return sft(argv[1:])
     if argv[:1] == ["sft-side"]:

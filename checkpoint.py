@@ -37,11 +37,12 @@ import lora
 from config import ConfigError, run_script
 from lora import LoraConfig, LoraError, apply_lora, load_lora, lora_state, merge_lora
 from model import GPT, ModelConfig, RopeScaling, generate
+from routing import RoutingConfig, build_model, make_routers, routed_layers
 from tokenizer import QWEN2_PATTERN, DataError, Tokenizer, load_tokenizer
 
 READ_BYTES = 2**26  # weights are read in pieces of this size (64 MiB), so that a load needs little more than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
-OWN_TYPE = "nanoqwen"  # model_type of shapes that transformers has no class for
+OWN_TYPE = "nanoqwen"  # model_type of shapes that transformers has no class for, and of models with routers
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 # What we know about an adapter's base beyond its name. A file of its own: PEFT warns about keys that it does not know.
 BASE_RECORD = "base.json"
@@ -102,6 +103,39 @@ def _own_config(hf: dict[str, Any]) -> ModelConfig:
     if values["rope_scaling"]:
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     return ModelConfig(**values)
+
+
+def routing_from_hf(hf: dict[str, Any]) -> RoutingConfig | None:
+    """How the layers of a config.json are routed; None: not at all."""
+    values = hf.get("routing")
+    if values is None:
+        return None
+    _expect(hf, model_type=OWN_TYPE)  # another program would compute all tokens in all layers: another model
+    try:
+        return RoutingConfig(**{**values, "layers": tuple(values["layers"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: routing: {error}") from None
+
+
+def _agreed(folder: Path, cfg: ModelConfig, stored: RoutingConfig | None, wanted: RoutingConfig | None) -> Any:
+    """The routing to build: that of the source, or the one asked for, if the source is dense or of the same kind."""
+    if wanted is None or wanted.kind == "dense":
+        return stored or RoutingConfig()
+    try:
+        here, there = (
+            (r.kind, routed_layers(cfg, r), r.prior_factor, r.beta_mode == "learned", r.normalise)
+            for r in (wanted, stored or wanted)
+        )
+    except ValueError as error:
+        raise ConfigError(f"routing.kind {wanted.kind}: {error}") from None
+    if here != there:
+        names = "(kind, layers, prior_factor, betas learned, normalise)"
+        raise ConfigError(f"routing: {folder} has {names} {there}, got {here}")
+    return wanted
+
+
+def model_type(model: GPT) -> str:
+    return OWN_TYPE if model.routing else hf_model_type(model.cfg)
 
 
 def _expect(hf: dict[str, Any], **expected: Any) -> None:
@@ -190,12 +224,13 @@ def hf_model_type(cfg: ModelConfig) -> str:
     return "llama"
 
 
-def config_to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def config_to_hf(cfg: ModelConfig, dtype: torch.dtype, routing: RoutingConfig | None = None) -> dict[str, Any]:
     """The contents of a config.json."""
-    kind = hf_model_type(cfg)
+    kind = OWN_TYPE if routing else hf_model_type(cfg)
     name = str(dtype).removeprefix("torch.")
     if kind == OWN_TYPE:
-        return {"model_type": kind, "torch_dtype": name, **asdict(cfg)}
+        routed = {"routing": asdict(routing)} if routing else {}
+        return {"model_type": kind, "torch_dtype": name, **asdict(cfg), **routed}
     common = {"architectures": [_ARCHITECTURES[kind]], "model_type": kind, "torch_dtype": name}
     if kind == "gpt2":
         return common | {
@@ -437,6 +472,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     *,
     merge: bool = True,
+    routing: RoutingConfig | None = None,
     allow_mismatch: bool = False,
     warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr),
 ) -> tuple[GPT, Tokenizer | None]:
@@ -445,38 +481,48 @@ def load_model(
     A missing, unexpected or mis-shaped tensor, or a tokenizer that is not the model's, is a CheckpointError that
     lists them; with `allow_mismatch` it is a warning, and missing weights keep their random initial values.
     The source may be an adapter: it is merged into its base, or with merge=False left beside it, ready to train.
+    With `routing` a dense source gets fresh routers, drawn from torch's generator, and nothing else may be missing.
+    Routers stay in fp32 whatever the dtype: scores that round to equal ones would select by position.
     """
     folder = resolve(source)
     if is_adapter(folder):
         return _load_adapted(folder, torch.device(device), dtype, merge, allow_mismatch, warn)
     hf = _read_json(folder / "config.json")
-    cfg = config_from_hf(hf)
-    device = torch.device(device)
+    cfg, stored = config_from_hf(hf), routing_from_hf(hf)
+    device, routing = torch.device(device), _agreed(folder, cfg, stored, routing)
     with torch.device("meta"):
-        model = GPT(cfg)
-    state, problems = _read_state(folder, hf["model_type"], model, dtype, device)
+        model = build_model(cfg, routing)
+    fresh = {} if stored else make_routers(cfg, routing).state_dict(prefix="routers.")
+    state, problems = _read_state(folder, hf["model_type"], model, dtype, device, fresh)
     tokenizer = _read_tokenizer(folder, hf, cfg, problems)
     if problems and not allow_mismatch:
         raise CheckpointError(f"{folder}: does not fit: {'; '.join(problems)} (--allow_mismatch loads what fits)")
     for problem in problems:
         warn(f"{folder}: {problem}")
-    dtypes = {tensor.dtype for tensor in state.values()}
+    dtypes = {tensor.dtype for name, tensor in state.items() if not name.startswith("routers.")}
     if len(dtypes) > 1:  # as stored, but all alike: half a layer in bf16 cannot be computed
         widest = max(dtypes, key=lambda kind: kind.itemsize)
         state = {name: tensor.to(widest) for name, tensor in state.items()}
     if len(state) < len(model.state_dict()):
-        fresh = GPT(cfg).to(device=device, dtype=next(iter(state.values())).dtype if state else dtype).state_dict()
-        state = {name: state.get(name, tensor) for name, tensor in fresh.items()}
+        whole = build_model(cfg, routing)
+        whole = whole.to(device=device, dtype=next(iter(state.values())).dtype if state else dtype).state_dict()
+        state = {name: state.get(name, tensor) for name, tensor in whole.items()}
     model.load_state_dict(state, strict=True, assign=True)
+    model.routers.float()
     return model.requires_grad_(True).eval(), tokenizer
 
 
 def _read_state(
-    folder: Path, kind: str, model: GPT, dtype: torch.dtype | None, device: torch.device
+    folder: Path,
+    kind: str,
+    model: GPT,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    fresh: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors that fit the model, problems)."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state: dict[str, Tensor] = {}
+    """(tensors that fit the model, problems). `fresh` are those that the source does not have and must not."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in fresh}
+    state: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in fresh.items()}
     seen: set[str] = set()
     unexpected, twice, shapes, tied_head = [], [], [], None
     for file in _weight_files(folder):
@@ -495,7 +541,8 @@ def _read_state(
             elif parts and not empty.is_floating_point():
                 shapes.append(f"{stored}, which does not hold numbers of 16, 32 or 64 bits with a point")
             elif parts:
-                state.update((name, t.contiguous()) for name, t in from_hf(kind, stored, read(dtype, device)))
+                tensor = read(None if stored.startswith("routers.") else dtype, device)
+                state.update((name, t.contiguous()) for name, t in from_hf(kind, stored, tensor))
     embedding = state.get("model.embed_tokens.weight")
     if tied_head is not None and embedding is not None and not torch.equal(tied_head(dtype, device), embedding):
         shapes.append("lm_head.weight, which differs from the embedding although tie_word_embeddings is true")
@@ -543,6 +590,7 @@ class Adapter(NamedTuple):
     tensors: dict[str, Tensor]  # under our names, on the CPU, as stored
     tied: bool  # an embedding among them is the head as well
     tokenizer_hash: str | None
+    routing: RoutingConfig | None = None  # of the model, whose base may be dense
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -564,7 +612,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         base = os.path.normpath(folder / record["folder"])  # both were moved together
     tensors = _read_adapter_tensors(folder, cfg)
     tied = hf.get("ensure_weight_tying") is True
-    return Adapter(cfg, base, record.get("sha256"), tensors, tied, record.get("tokenizer_hash"))
+    routing = routing_from_hf({"model_type": OWN_TYPE, "routing": record.get("routing")})
+    return Adapter(cfg, base, record.get("sha256"), tensors, tied, record.get("tokenizer_hash"), routing)
 
 
 def _exists(path: str | Path) -> bool:
@@ -606,7 +655,9 @@ def _load_adapted(
         base = resolve(adapter.base)
         _expect_model(base)
         problems = _problems_of_base(adapter, base)
-        model, tokenizer = load_model(base, device, dtype, allow_mismatch=allow_mismatch, warn=warn)
+        model, tokenizer = load_model(
+            base, device, dtype, routing=adapter.routing, allow_mismatch=allow_mismatch, warn=warn
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
     tokenizer = _read_tokenizer(folder, {"tokenizer_hash": adapter.tokenizer_hash}, model.cfg, problems) or tokenizer
@@ -693,7 +744,8 @@ def write_adapter(
     if tied:  # stored twice, as PEFT does with a pair that it is to keep tied
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     base_hash = base_hash or hash_weights(base)
-    _fill_adapter_folder(folder, Adapter(cfg, str(base), base_hash, state, tied, None), tokenizer, dtype)
+    adapter = Adapter(cfg, str(base), base_hash, state, tied, None, model.routing)
+    _fill_adapter_folder(folder, adapter, tokenizer, dtype)
 
 
 def _fill_adapter_folder(
@@ -705,10 +757,12 @@ def _fill_adapter_folder(
         base, record["folder"] = str(where), os.path.relpath(where, folder.resolve())
     if adapter.base_hash is not None:
         record["sha256"] = adapter.base_hash
+    if adapter.routing is not None:
+        record["routing"] = asdict(adapter.routing)
     if tokenizer is not None:
         tokenizer.save(folder)
         record["tokenizer_hash"] = tokenizer.hash
-    tensors = {lora.to_peft_name(n): t.to("cpu", dtype or t.dtype).contiguous() for n, t in adapter.tensors.items()}
+    tensors = {lora.to_peft_name(n): _narrowed(n, t, dtype).contiguous() for n, t in adapter.tensors.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     _write_json(folder / ADAPTER_CONFIG, lora.to_peft(adapter.config, base, tied=adapter.tied))
     _write_json(folder / BASE_RECORD, record)
@@ -730,12 +784,12 @@ def write_folder(
     """
     if lora_state(model):
         raise ValueError("the model has adapters: merge_lora first, or write_adapter")
-    kind = hf_model_type(model.cfg)
+    kind = model_type(model)
     tensors = (model.state_dict() if state is None else state).items()
-    state = to_hf(kind, {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors})
+    state = to_hf(kind, {name: _narrowed(name, t.detach(), dtype).contiguous() for name, t in tensors})
     stored = next(iter(state.values())).dtype
     _write_weights(state, folder)
-    hf = config_to_hf(model.cfg, stored)
+    hf = config_to_hf(model.cfg, stored, model.routing)
     if tokenizer is not None:
         hf |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id, "tokenizer_hash": tokenizer.hash}
         tokenizer.save(folder)
@@ -748,6 +802,11 @@ def write_folder(
             },
         )
     _write_json(folder / "config.json", hf)
+
+
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """On the CPU in a dtype (None: its own); routers stay as they are."""
+    return tensor.to("cpu", tensor.dtype if dtype is None or name.startswith("routers.") else dtype)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -779,6 +838,18 @@ def export(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, dtype: t
     """Write a new folder, all or nothing: it appears under its name when it is complete."""
     with _new_folder(Path(folder)) as unfinished:
         write_folder(model, tokenizer, unfinished, dtype)
+        if model.routing:
+            note = ROUTED_NOTE.format(layers=", ".join(model.routers), kind=model.routing.kind)
+            (unfinished / "README.md").write_text(note, encoding="utf-8")
+
+
+ROUTED_NOTE = """\
+# A model with routed layers
+
+Layers {layers} compute a share of the tokens (`{kind}`; see `routing` in `config.json`); a causal router with a stored
+threshold decides which. No class of transformers does that: computing all tokens there would be another model, with
+worse text. `python infer.py --ckpt FOLDER` and `load_model` of the program that wrote this folder load it.
+"""
 
 
 def export_adapter(source: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -826,7 +897,7 @@ def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
     if is_adapter(folder):
         raise CheckpointError(f"{source}: is an adapter: compare what `checkpoint.py export --merge` makes of it")
     ours, tokenizer = load_model(folder, device, torch.float32)
-    if hf_model_type(ours.cfg) == OWN_TYPE:
+    if model_type(ours) == OWN_TYPE:
         raise CheckpointError(f"{folder}: transformers has no class for this shape, so there is nothing to compare")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     prompt = torch.randint(ours.cfg.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
@@ -902,7 +973,7 @@ def _devices() -> list[str]:
 
 def _autotokenizer_note(model: GPT, tokenizer: Tokenizer | None) -> str:
     """transformers 5 gives every folder of model_type qwen2 Qwen2's own split pattern and normaliser."""
-    if tokenizer is None or hf_model_type(model.cfg) != "qwen2":
+    if tokenizer is None or model_type(model) != "qwen2":
         return ""
     if tokenizer.nfc and tokenizer.pattern == QWEN2_PATTERN:
         return ""
@@ -925,6 +996,7 @@ def main(argv: list[str]) -> int:
     write.add_argument("folder", help="a new folder")
     write.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     write.add_argument("--merge", action="store_true", help="an adapter: write the model that it makes of its base")
+    write.add_argument("--hf", action="store_true", help="an error unless transformers has a class for the model")
     args = parser.parse_args(argv)
     if args.command == "verify":
         from runfolder import verify  # the one look upwards: there a run's checkpoints are kept
@@ -935,11 +1007,12 @@ def main(argv: list[str]) -> int:
         result = parity(args.source, args.device)
         _print_parity(args.source, result)
         return 0 if result["equal"] else 1
-    print(_export_command(args.source, args.folder, getattr(torch, args.dtype) if args.dtype else None, args.merge))
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    print(_export_command(args.source, args.folder, dtype, args.merge, args.hf))
     return 0
 
 
-def _export_command(source: str, folder: str, dtype: torch.dtype | None, merge: bool) -> str:
+def _export_command(source: str, folder: str, dtype: torch.dtype | None, merge: bool, hf: bool = False) -> str:
     """Write what is asked for; returns what to tell the person."""
     adapted = is_adapter(resolve(source))
     if merge and not adapted:
@@ -948,9 +1021,15 @@ def _export_command(source: str, folder: str, dtype: torch.dtype | None, merge: 
         export_adapter(source, folder, dtype)
         return f"wrote {folder}: PeftModel.from_pretrained(base, {folder!r}) loads it"
     model, tokenizer = load_model(source)
+    own = model_type(model) == OWN_TYPE
+    if hf and own:
+        reason = "transformers has no class for this shape"
+        if model.routing:
+            reason = f"its {len(model.routers)} routed layers would compute all tokens there, which is another model"
+        raise ConfigError(f"--hf: {source} cannot be a Hugging Face model: {reason}")
     export(model, tokenizer, folder, dtype)
     loads = f"AutoModelForCausalLM.from_pretrained({folder!r}) loads it"
-    if hf_model_type(model.cfg) == OWN_TYPE:
+    if own:
         loads = "transformers has no class for this shape; load_model loads it"
     return f"wrote {folder}: {loads}{_autotokenizer_note(model, tokenizer)}"
 

@@ -27,6 +27,7 @@ from chat import ChatConfig
 from corpus import DataConfig, require
 from lora import LoraConfig
 from model import ModelConfig, Sampling
+from routing import RoutingConfig, routed_layers
 from tasks import INJECTIONS
 from triplets import ContrastConfig
 
@@ -180,6 +181,7 @@ class InferConfig:
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     allow_special: bool = False
     allow_mismatch: bool = False
+    show_routing: bool = False
 
     def __post_init__(self) -> None:
         self.sampling()
@@ -216,6 +218,7 @@ class EvalConfig:
 class Config:
     run: RunConfig
     model: ModelConfig
+    routing: RoutingConfig
     data: DataConfig
     chat: ChatConfig
     train: TrainConfig
@@ -276,6 +279,10 @@ def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> 
     check_rows(loop, world_size, "train" if loop is cfg.train else "finetune")
     if loop is cfg.train:  # else the model comes from a checkpoint
         check_context(loop, cfg.model)
+        try:
+            routed_layers(cfg.model, cfg.routing)
+        except ValueError as error:
+            raise ConfigError(f"routing.kind {cfg.routing.kind}: {error}") from None
 
 
 def check_rows(loop: TrainConfig, world_size: int, section: str) -> None:

@@ -34,12 +34,14 @@ from injection import INJECTED, Score, calibrate, examine, represented, score, u
 from log import Peak, say
 from lora import LoraConfig, apply_lora, lora_state
 from model import GPT, IGNORE
+from routing import MODULES_TO_SAVE, RoutingConfig, penalty_weights
 from tokenizer import DataError, Tokenizer, load_tokenizer
 from train import (
     Exam,
     LanguageModeling,
     Micro,
     ResumeError,
+    RoutedModel,
     StepLoss,
     Trainer,
     WholeModel,
@@ -74,6 +76,8 @@ class AdapterOnly(WholeModel):
 
     def __init__(self, lora: LoraConfig, base: str, base_hash: str):
         self.lora, self.base, self.base_hash = lora, base, base_hash
+        if set(lora.modules_to_save) & {"causal_router"}:
+            self.loaded_by = RoutedModel.loaded_by
 
     def tensors(self, model: GPT) -> dict[str, Tensor]:
         return lora_state(model)
@@ -121,10 +125,16 @@ def base_of(loop: FinetuneConfig) -> Path:
     return resolve(loop.base_ckpt)
 
 
-def load_base(loop: FinetuneConfig) -> tuple[GPT, Tokenizer, str, str]:
-    """(model in fp32, its tokenizer, the folder it came from, the hash of its weights)"""
+def load_base(
+    loop: FinetuneConfig, routing: RoutingConfig | None = None, seed: int = 0
+) -> tuple[GPT, Tokenizer, str, str]:
+    """(model in fp32, its tokenizer, the folder it came from, the hash of its weights)
+
+    routing: kind dense leaves the base as it is; another gives a dense base routers, drawn from the seed
+    """
     folder = base_of(loop)
-    model, tokenizer = load_model(folder, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model, tokenizer = load_model(folder, dtype=torch.float32, routing=routing)
     if tokenizer is None:
         raise ConfigError(f"finetune.base_ckpt: {folder} has no tokenizer")
     check_context(loop, model.cfg)
@@ -142,8 +152,19 @@ def refuse_own_base(cfg: Config) -> None:
         raise ConfigError(f"finetune.base_ckpt: {cfg.finetune.base_ckpt} is in the run folder (--run.dir for another)")
 
 
-def store_of(cfg: Config, base: str, base_hash: str) -> WholeModel:
-    return AdapterOnly(cfg.lora, base, base_hash) if cfg.lora.rank else WholeModel()
+def with_routers(lora: LoraConfig, kind: str) -> LoraConfig:
+    """Adapters leave routers alone: these are trained in full beside them."""
+    return replace(lora, modules_to_save=tuple(dict.fromkeys((*lora.modules_to_save, *MODULES_TO_SAVE[kind]))))
+
+
+def prepared(model: GPT, cfg: Config, base: str, base_hash: str) -> tuple[dict[str, float], WholeModel]:
+    """Gives a model its adapters. Returns (the weights of its penalties, what a checkpoint holds of it)."""
+    lora, weights = cfg.lora, {"z_loss": cfg.finetune.z_loss}
+    if model.routing:
+        lora, weights = with_routers(lora, model.routing.kind), weights | penalty_weights(model.routing)
+    apply_lora(model, lora)
+    whole_model = RoutedModel() if model.routing else WholeModel()
+    return weights, AdapterOnly(lora, base, base_hash) if lora.rank else whole_model
 
 
 def answer(prompt: list[int]) -> Callable[[Trainer], str]:
@@ -165,17 +186,16 @@ def open_chat(cfg: Config, data: ChatData, rows: int) -> ChatBatches:
 
 def build(cfg: Config, world: World) -> Trainer:
     loop = cfg.finetune
-    model, tokenizer, base, base_hash = load_base(loop)
+    model, tokenizer, base, base_hash = load_base(loop, cfg.routing, cfg.run.seed)
     data = main_first(world, lambda: prepare_chat(cfg.chat, tokenizer, loop.seq_len))
     say(str(data.audit))
     batches = open_chat(cfg, data, loop.rows)
     windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
     torch.manual_seed(cfg.run.seed)
-    apply_lora(model, cfg.lora)
-    objective = LanguageModeling(model.to(world.device), {"z_loss": loop.z_loss})
+    weights, store = prepared(model, cfg, base, base_hash)
+    objective = LanguageModeling(model.to(world.device), weights)
     example = data.val[0]
     sample = answer(example.ids[: example.mask.tolist().index(True)].tolist())
-    store = store_of(cfg, base, base_hash)
     return assemble(cfg, loop, world, objective, tokenizer, batches, windows, sample, store, UNCOUNTED)
 
 
@@ -233,8 +253,9 @@ class Contrast(LanguageModeling):
         z, whole = z.unflatten(0, (-1, 3)), here.unflatten(0, (-1, 3)).amin(1)
         loss = self.loss(z, groups, whole)
         found = figures(z.detach(), groups, whole) | {"contrast/loss": loss.detach()}
-        metrics = {"loss": out.stats["loss"], "task": out.loss.detach()}
-        return StepLoss(self.penalised(out), out.weight, metrics, self.weight * loss, found)
+        metrics = {"loss": out.unweighted.detach(), "task": out.loss.detach()}
+        total_loss, more = self.penalised(out, targets)
+        return StepLoss(total_loss, out.weight, metrics | more, self.weight * loss, found)
 
 
 class Withstanding(Exam):
@@ -295,7 +316,7 @@ class Withstanding(Exam):
 
 def build_contrast(cfg: Config, world: World) -> Trainer:
     loop, contrast = cfg.finetune, cfg.contrast
-    model, tokenizer, base, base_hash = load_base(loop)
+    model, tokenizer, base, base_hash = load_base(loop, cfg.routing, cfg.run.seed)
     data = main_first(world, lambda: prepare_triplets(contrast, tokenizer, loop.seq_len))
     # The width of rows; a stream keeps to the seq_len that was asked for.
     loop = replace(loop, seq_len=row_width(data.train, loop.seq_len, loop.rows, model.cfg.context))
@@ -306,10 +327,10 @@ def build_contrast(cfg: Config, world: World) -> Trainer:
     exam = Withstanding(contrast, data.val, model.to(world.device), tokenizer)
     windows = triplet_windows(data.val, loop.seq_len, loop.eval_tokens)
     torch.manual_seed(cfg.run.seed)
-    apply_lora(model, cfg.lora)
+    weights, store = prepared(model, cfg, base, base_hash)
     head = ProjectionHead(model.cfg.hidden_size, contrast.head_size).to(world.device)
-    objective = Contrast(model, head, contrast, {"z_loss": loop.z_loss}, world)
-    sample, store = answer(data.val[0].streams[INJECTED].prompt), WithHead(store_of(cfg, base, base_hash), head)
+    objective = Contrast(model, head, contrast, weights, world)
+    sample, store = answer(data.val[0].streams[INJECTED].prompt), WithHead(store, head)
     return assemble(cfg, loop, world, objective, tokenizer, batches, windows, sample, store, UNCOUNTED, exam)
 
 
@@ -331,10 +352,11 @@ def show_data(cfg: Config) -> None:
     write_text(show(batch, tokenizer, sys.stdout.isatty()))
 
 
+SHARED = ("run", "finetune", "routing", "lora")
 # By objective: what builds it, which sections of the configuration decide what comes out, the command to try next.
 OBJECTIVES = {
-    "sft": (build, ("run", "finetune", "chat", "lora"), 'infer.py --ckpt {} --instruct --prompt "Write a function"'),
-    "contrast": (build_contrast, ("run", "finetune", "contrast", "lora"), "eval.py --suite injection --ckpt {}"),
+    "sft": (build, (*SHARED, "chat"), 'infer.py --ckpt {} --instruct --prompt "Write a function"'),
+    "contrast": (build_contrast, (*SHARED, "contrast"), "eval.py --suite injection --ckpt {}"),
 }
 
 

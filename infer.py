@@ -3,6 +3,7 @@
     python infer.py --prompt "def add(a, b):"                 the newest run continues the text
     python infer.py --ckpt FOLDER --instruct --prompt "Why?"  any Hugging Face folder answers
     python infer.py --chat                                    a conversation on the terminal
+    python infer.py --show_routing --prompt "def "            which tokens a routed model spends its layers on
 
 stdout carries what the model wrote and nothing else; notes and speed go to stderr.
 """
@@ -20,6 +21,7 @@ from checkpoint import CheckpointError, checkpoint_files, load_model
 from config import Config, ConfigError, check, load_config, run_script
 from distributed import pick_device, pick_dtype
 from model import RequestError, Sampling, generate, stream
+from routing import tokens_used
 from tokenizer import StreamDecoder, Tokenizer, escape_terminal, render_chat
 
 RUNS = Path("runs")
@@ -154,6 +156,50 @@ def continue_prompts(session: Session, prompts: list[str]) -> None:
     say(session.note)
 
 
+def shaded(pieces: Sequence[tuple[str, int]], layers: int, colour: bool) -> str:
+    """A picture of a text: each piece on a grey that is the brighter, the more of the `layers` computed it.
+
+    Without colour the number stands in brackets where it changes.
+    """
+    out, last = "", None
+    for text, used in pieces:
+        if colour:  # 256-colour greys: 234 is nearly black, 254 nearly white
+            grey = 234 + round(20 * used / layers)
+            style = f"\x1b[48;5;{grey}m\x1b[38;5;{232 if grey > 243 else 255}m"
+            # A background that runs on to the end of a line would hide where the text ends.
+            out += "\n".join(f"{style}{line}\x1b[0m" if line else "" for line in escape_terminal(text).split("\n"))
+        else:
+            out += (f"[{used}]" if used != last else "") + text
+        last = used
+    return out
+
+
+def text_pieces(session: Session, ids: Sequence[int]) -> list[tuple[str, int]]:
+    """(text, how many routed layers computed it) of tokens; bytes of one character go with the last of them."""
+    decoder, pieces = StreamDecoder(session.tokenizer, ()), []
+    used = tokens_used(session.model, ids)
+    for token, count in zip(ids, used, strict=True):
+        pieces.append((decoder.feed([token]), count))
+    pieces.append((decoder.flush(), used[-1]))
+    return [piece for piece in pieces if piece[0]]
+
+
+def show_routing(session: Session, prompts: list[str]) -> None:
+    layers, colour = len(session.model.routers), sys.stdout.isatty()
+    if not layers:
+        raise ConfigError("infer.show_routing: expected a model with routed layers, got a dense one")
+    for prompt in prompts:
+        start = session.prompt_ids(prompt)
+        how = {name: getattr(session.sampling, name) for name in Sampling.__dataclass_fields__}
+        (ids,) = generate(session.model, [start], decode=session.tokenizer.decode, **how)
+        pieces = text_pieces(session, ids)
+        sys.stdout.write(shaded(pieces, layers, colour) + "\n")
+        used = sum(tokens_used(session.model, ids)) / (layers * len(ids))
+        legend = shaded([(f" {n} ", n) for n in range(layers + 1)], layers, sys.stderr.isatty())
+        sys.stderr.write(f"of {layers} routed layers: {legend}\n")
+        say(f"{len(ids)} tokens; routed layers computed {100 * used:.1f} % of them")
+
+
 def chat(session: Session) -> None:
     """Turns of user and assistant until the input ends. Ctrl-C cuts an answer short; what was said stays."""
     say(f"chat: {CHAT_HELP}")
@@ -217,6 +263,8 @@ def main(argv: list[str]) -> None:
     try:
         if cfg.infer.chat:
             chat(session)
+        elif cfg.infer.show_routing:
+            show_routing(session, prompts)
         else:
             continue_prompts(session, prompts)
     except RequestError as error:

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from config import Config, LogConfig, TrainConfig
 from distributed import World
-from model import ModelConfig, flops_per_token
+from model import ModelConfig
+from routing import RoutingConfig, flops_per_token
 from runfolder import NonFiniteError, write_atomic
 
 # Dense half-precision peaks in TFLOP/s, from the vendors' data sheets; the first name that is part of the device's.
@@ -89,8 +90,10 @@ class Speed(NamedTuple):
     peak: float | None  # of all devices together, FLOP/s
 
     @classmethod
-    def of(cls, model: ModelConfig, seq_len: int, peak: Peak, devices: int) -> Speed:
-        flops = [flops_per_token(model, seq_len, causal=causal) for causal in (True, False)]
+    def of(
+        cls, model: ModelConfig, seq_len: int, peak: Peak, devices: int, routing: RoutingConfig | None = None
+    ) -> Speed:
+        flops = [flops_per_token(model, routing, seq_len, causal=causal) for causal in (True, False)]
         return cls(*flops, peak.flops and peak.flops * devices)
 
     def metrics(self, positions_per_s: float) -> dict[str, float | None]:

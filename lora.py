@@ -186,6 +186,8 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
         for own, parameter in _own(module):
             if own.startswith("lora_") or hasattr(module, "before_lora"):
                 state[f"{name}.{own}"] = parameter.detach()
+        if hasattr(module, "before_lora"):  # what is set rather than trained, such as a router's threshold
+            state |= {f"{name}.{own}": buffer for own, buffer in module.named_buffers(recurse=False)}
     return state
 
 

@@ -279,10 +279,18 @@ class KVCache:
         self.capacity = 0
         self._keys: list[Tensor | None] = [None] * cfg.num_hidden_layers  # each [B, K, capacity, D]
         self._values: list[Tensor | None] = [None] * cfg.num_hidden_layers
+        self._routed: dict[int, RoutedCache] = {}  # of layers that keep some of the tokens only
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
+        dense = sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
+        return dense + sum(part.nbytes for part in self._routed.values())
+
+    def routed(self, layer: int, device: torch.device) -> RoutedCache:
+        """The part of a routed layer, made by its first use."""
+        if layer not in self._routed:
+            self._routed[layer] = RoutedCache(self, device)
+        return self._routed[layer]
 
     def reserve(self, slots: int) -> None:
         """Make room for rows of `slots` tokens."""
@@ -295,29 +303,23 @@ class KVCache:
         """Put k, v [B, K, T, D] in their place; return the first `slots` of all keys and values, [B, K, S, D] each."""
         out = []
         for held, new in ((self._keys, k), (self._values, v)):
-            held[layer] = self._grown(held[layer], new)
+            held[layer] = _grown(held[layer], new, len(new), self.capacity, self.dtype)
             _put(held[layer], new, place)
             out.append(held[layer][:, :, :slots].to(new.dtype))
         return out[0], out[1]
 
-    def _grown(self, old: Tensor | None, new: Tensor) -> Tensor:
-        if old is not None and old.shape[2] == self.capacity:
-            return old
-        batch, heads, _, size = new.shape
-        # Zeros, not empty: a masked weight is exactly 0, but 0 x NaN from uninitialised memory would be NaN.
-        grown = torch.zeros(batch, heads, self.capacity, size, dtype=self.dtype or new.dtype, device=new.device)
-        if old is not None:
-            grown[:, :, : old.shape[2]] = old
-        return grown
-
     def advance(self, counts: Sequence[int]) -> None:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        for part in self._routed.values():
+            part.advance()
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep, repeat or reorder rows (beam search; rows that have ended)."""
         if list(rows) == list(range(len(self.lengths))):
             return
         self.lengths = [self.lengths[row] for row in rows]
+        for part in self._routed.values():
+            part.select(rows)
         for held in (self._keys, self._values):
             for layer, tensor in enumerate(held):
                 if tensor is not None:
@@ -326,22 +328,137 @@ class KVCache:
     def crop(self, length: int) -> None:
         """Forget everything from position `length` on."""
         self.lengths = [min(max(length, 0), held) for held in self.lengths]
+        for part in self._routed.values():
+            part.crop(length)
 
     def free(self) -> None:
         """Give the memory back and start over."""
         self.lengths, self.capacity = [0] * len(self.lengths), 0
         self._keys, self._values = [None] * len(self._keys), [None] * len(self._values)
+        self._routed = {}
+
+
+class RoutedPlace(NamedTuple):
+    """Where the selected tokens of a call go in a RoutedCache. The call may be on some of the cache's rows alone."""
+
+    kept: Tensor | None  # [B'] rows of the cache that the call is on; None: all, in their order
+    rows: Tensor  # [N] of the call
+    tokens: Tensor  # [N] of the call
+    entries: Tensor  # [N] where they go
+
+
+class RoutedCache:
+    """One routed layer's part of a KVCache: keys and values of selected tokens alone, each with its slot in the row.
+
+    Beside them `notes`: a few numbers for every token of the row, selected or not, from which the next decisions
+    follow. Being one for each token, they can be cropped; a last hidden state could not.
+    """
+
+    def __init__(self, cache: KVCache, device: torch.device):
+        self.cache = cache
+        self.counts = torch.zeros(len(cache.lengths), dtype=torch.long, device=device)  # entries of each row
+        self.most = 0  # on the host: at least the largest of them
+        self._adding: tuple[Tensor, int] | None = None
+        self._keys: Tensor | None = None  # [B, K, C, D]
+        self._values: Tensor | None = None
+        self._slots: Tensor | None = None  # int32 [B, 1, C, 1]
+        self._notes: Tensor | None = None  # fp32 [B, 1, capacity of the cache, numbers]
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.counts, self._keys, self._values, self._slots, self._notes)
+        return sum(t.nbytes for t in held if t is not None)
+
+    def note(self, new: Tensor, place: Place) -> Tensor:
+        """Write numbers [B, T, N] of new tokens; return those of all slots, [B, capacity, N]."""
+        self._notes = _grown(self._notes, new[:, None], len(new), self.cache.capacity)
+        _put(self._notes, new[:, None], place)
+        return self._notes[:, 0]
+
+    def begin(self, adding: Tensor, most: int) -> None:
+        """Announce `adding` [B] entries, after which a row has at most `most`.
+
+        They count from `advance` on, so that a call which fails leaves no trace.
+        """
+        self._adding = adding, most
+
+    def at_most(self, adding: int) -> int:
+        """How many entries a row may have after `adding` more; the device is asked only before the memory grows."""
+        if self._keys is not None and self.most + adding > self._keys.shape[2]:
+            self.most = int(self.counts.max())
+        return self.most + adding
+
+    def place_slots(self, slots: Tensor, place: RoutedPlace, entries: int) -> Tensor:
+        """Write the slots [N] of new entries; return the first `entries` of all, [B', entries]."""
+        rows = place.rows if place.kept is None else place.kept[place.rows]
+        like = slots.new_empty(1, 1, 1, 1, dtype=torch.int32)
+        self._slots = _grown(self._slots, like, len(self.counts), self._room(self._slots, entries))
+        self._slots[rows, 0, place.entries, 0] = slots.int()
+        held = self._slots[:, 0, :entries, 0]
+        return held if place.kept is None else held[place.kept]
+
+    def write(self, _: int, k: Tensor, v: Tensor, place: RoutedPlace, entries: int) -> tuple[Tensor, Tensor]:
+        """As KVCache.write: put selected k, v [B', K, T, D]; return [B', K, entries, D] of each."""
+        rows = place.rows if place.kept is None else place.kept[place.rows]
+        room = self._room(self._keys, entries)
+        self._keys = _grown(self._keys, k, len(self.counts), room, self.cache.dtype)
+        self._values = _grown(self._values, v, len(self.counts), room, self.cache.dtype)
+        out = []
+        for held, new in ((self._keys, k), (self._values, v)):
+            held[rows, :, place.entries] = _fitting(new[place.rows, :, place.tokens], held.dtype)
+            shown = held[:, :, :entries]
+            out.append((shown if place.kept is None else shown[place.kept]).to(new.dtype))
+        return out[0], out[1]
+
+    def _room(self, held: Tensor | None, entries: int) -> int:
+        old = 0 if held is None else held.shape[2]
+        return old if entries <= old else min(max(entries, 2 * old), self.cache.length)
+
+    def advance(self) -> None:
+        if self._adding is not None:
+            self.counts, self.most = self.counts + self._adding[0], self._adding[1]
+            self._adding = None
+
+    def select(self, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, device=self.counts.device)
+        for name in ("counts", "_keys", "_values", "_slots", "_notes"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held[index])
+
+    def crop(self, length: int) -> None:
+        """Slots ascend within a row, so what remains are its first entries."""
+        if self._slots is not None:
+            real = torch.arange(self._slots.shape[2], device=self.counts.device) < self.counts[:, None]
+            self.counts = (real & (self._slots[:, 0, :, 0] < length)).sum(1)
+            self.most = min(self.most, max(length, 0))
+
+
+def _grown(old: Tensor | None, like: Tensor, batch: int, capacity: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[batch, heads, capacity, size] with the contents of `old`; heads, size, device and type as `like` has them."""
+    if old is not None and old.shape[2] == capacity:
+        return old
+    _, heads, _, size = like.shape
+    # Zeros, not empty: a masked weight is exactly 0, but 0 x NaN from uninitialised memory would be NaN.
+    grown = torch.zeros(batch, heads, capacity, size, dtype=dtype or like.dtype, device=like.device)
+    if old is not None:
+        grown[:, :, : old.shape[2]] = old
+    return grown
+
+
+def _fitting(new: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float16 and new.dtype != torch.float16:
+        largest = torch.finfo(torch.float16).max
+        new = new.clamp(-largest, largest)  # saturate: an inf in the cache would become NaN in the softmax
+    return new.to(dtype)
 
 
 def _put(cache: Tensor, new: Tensor, place: Place) -> None:
-    if cache.dtype == torch.float16 and new.dtype != torch.float16:
-        largest = torch.finfo(torch.float16).max
-        new = new.clamp(-largest, largest)  # saturate: an inf in the cache would become NaN in the softmax
+    new = _fitting(new, cache.dtype)
     if isinstance(place, int):
         cache[:, :, place : place + new.shape[2]] = new
     else:
         rows, tokens, slots = place
-        cache[rows, :, slots] = new[rows, :, tokens].to(cache.dtype)
+        cache[rows, :, slots] = new[rows, :, tokens]
 
 
 # --- who may look at whom ---------------------------------------------------------------------------------------------
@@ -357,9 +474,12 @@ class Context(NamedTuple):
     sin: Tensor | None
     mask: Tensor | None  # bool [B|1, 1, T, S], true where a query may look at a key; None: plain causality
     alive: Tensor | None  # bool [B|1, 1, T, 1], false for a query that may look at nothing; None: all may
-    cache: KVCache | None
-    place: Place  # of the new tokens in the cache
+    cache: KVCache | RoutedCache | None
+    place: Place | RoutedPlace  # of the new tokens in the cache
     keys: int  # S
+    # For routers alone:
+    valid: Tensor | None = None  # bool [B, T], false for padding; None: no token is
+    before: Tensor | None = None  # [B, T, E], the input of the layer before
 
 
 def _boolean_mask(mask: Tensor) -> Tensor:
@@ -413,6 +533,30 @@ def _place(cached: list[int], counts: list[int], tokens: int, keys: int, device:
     listed = [(row, i, cached[row] + i) for row, count in enumerate(counts) for i in range(count)]
     rows, new, slots = torch.tensor(listed, dtype=torch.long, device=device).view(-1, 3).unbind(1)
     return rows, new, slots
+
+
+def _valid(
+    tokens: Tensor,
+    counts: list[int],
+    cached: list[int],
+    attn_mask: Tensor | MaskRule | None,
+    targets: Tensor | None,
+) -> Tensor | None:
+    """bool [B, T]: which tokens are no padding, by lengths, by a mask of keys, or behind a row's last target."""
+    (batch, count), device = tokens.shape, tokens.device
+    index = torch.arange(count, device=device)
+    valid = None
+    if min(counts) < count:
+        valid = index < torch.tensor(counts, device=device)[:, None]
+    if isinstance(attn_mask, Tensor) and (attn_mask.dim() == 2 or attn_mask.shape[2] == 1):
+        slots = torch.tensor(cached, device=device)[:, None] + index
+        real = _boolean_mask(attn_mask.to(device)).flatten(1).expand(batch, -1)
+        real = real.gather(1, slots.clamp(max=real.shape[1] - 1))
+        valid = real if valid is None else valid & real
+    if targets is not None:
+        ahead = (targets != IGNORE).flip(1).cumsum(1).flip(1) > 0
+        valid = ahead if valid is None else valid & ahead
+    return valid
 
 
 def _who_sees_whom(
@@ -578,8 +722,8 @@ class Decoder(nn.Module):
 class Router(Protocol):
     """Conditional compute: called in place of a layer, it decides which tokens the layer's block computes.
 
-    It returns the layer's output [B, T, E] and may add named, unweighted penalties and statistics (tensors) to the
-    two dictionaries. Its parameters are siblings of the decoder's, so they rename none of them.
+    It returns the layer's output [B, T, E] and may add named, unweighted penalties (each row's mean, [B]) and
+    statistics (tensors) to the two dictionaries. Its parameters are siblings of the decoder's, so they rename none.
     """
 
     def __call__(
@@ -597,8 +741,9 @@ class Output(NamedTuple):
     logits: Tensor | None  # fp32 [B, T, V]; with a cache [B, 1, V], each row's last token; None with targets
     loss: Tensor | None  # summed over the targets
     weight: Tensor | None  # how many targets there were
-    penalties: dict[str, Tensor]
+    penalties: dict[str, Tensor]  # z_loss summed over the targets; those of routers as means of each row, [B]
     stats: dict[str, Tensor]
+    unweighted: Tensor | None = None  # the loss as if all weights of targets were 1
 
 
 def _counts(tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
@@ -618,6 +763,7 @@ class GPT(nn.Module):
         # A tied head is the embedding itself: no second name, as in published tied files.
         self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.routers = nn.ModuleDict({str(layer): router for layer, router in (routers or {}).items()})
+        self.routing: Any = None  # the configuration that the routers were made from, if any
         self.drop = nn.Dropout(cfg.dropout)
         self.rope = Rope()
         self.checkpoint_activations = False  # recompute each layer in the backward instead of keeping its activations
@@ -646,25 +792,28 @@ class GPT(nn.Module):
                    or a rule (row, query, key) -> bool. It restricts causality; with allow_future it replaces it
         length     what the rows will grow to, which dynamic rotary scaling looks at; None: the cache's length, or T
         at         [N] where the flat targets [B * T] are not -100, when that is known: no other logits are computed
-        weights    [B, T] what each target's loss is multiplied with; the sum without them is then stats["loss"]
+        weights    [B, T] what each target's loss is multiplied with
         """
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens: expected shape (B, T) with at least one token, got {tuple(tokens.shape)}")
         counts = _counts(tokens, lengths)
-        ctx = self._context(tokens, counts, cache, documents, attn_mask, allow_future, length)
+        sparse = targets if at is not None else None  # else every token has a target, and nothing need be asked
+        ctx = self._context(tokens, counts, cache, documents, attn_mask, allow_future, length, sparse)
         x = self.model.embed_tokens(tokens)
         if self.cfg.positions == "learned":
             x = x + self.model.embed_positions(ctx.positions)
         x = self.drop(x)
         penalties: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
+        before = x
         for layer, block in enumerate(self.model.layers):
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             if str(layer) in self.routers:
-                x = self.routers[str(layer)](x, ctx, block, penalties, stats)
+                here = ctx._replace(before=before)
+                x, before = self.routers[str(layer)](x, here, block, penalties, stats), x
             else:
-                x = block(x, ctx)
+                x, before = block(x, ctx), x
         hidden = self.model.norm(x)
         if cache is not None:
             cache.advance(counts)
@@ -676,9 +825,7 @@ class GPT(nn.Module):
         loss, square, plain = self._summed_loss(hidden, targets, at, weights)
         if self.z_loss:
             penalties["z_loss"] = square
-        if weights is not None:
-            stats["loss"] = plain.detach()
-        return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats)
+        return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats, plain)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] -> fp32 [..., V]"""
@@ -720,6 +867,7 @@ class GPT(nn.Module):
         attn_mask: Tensor | MaskRule | None = None,
         allow_future: bool = False,
         length: int | None = None,
+        targets: Tensor | None = None,
     ) -> Context:
         count = keys = tokens.shape[1]
         cached = [0] * len(tokens)
@@ -742,7 +890,8 @@ class GPT(nn.Module):
         else:
             positions = positions.clamp(max=self.cfg.max_position_embeddings - 1)  # of padding
         place = _place(cached, counts, count, keys, tokens.device)
-        return Context(positions, cos, sin, mask, alive, cache, place, keys)
+        valid = _valid(tokens, counts, cached, attn_mask, targets) if len(self.routers) else None
+        return Context(positions, cos, sin, mask, alive, cache, place, keys, valid)
 
     def _check_cache(self, cache: KVCache, tokens: Tensor, documents: Tensor | None) -> None:
         if self.training:
@@ -1284,15 +1433,27 @@ def _decided(beams: list[Beam], pool: list[Beam], how: Sampling, length: int, li
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int, *, causal: bool = True, training: bool = True) -> float:
+def flops_per_token(
+    cfg: ModelConfig,
+    seq_len: int,
+    *,
+    causal: bool = True,
+    training: bool = True,
+    used: Sequence[float] | None = None,
+) -> float:
     """Floating-point operations for one token of a row of `seq_len`: matrix products only, two a multiply-add.
 
     causal    count the half of the attention scores that causality needs; False counts all seq_len x seq_len
     training  forward and backward (three times the forward)
+    used      share of the tokens that each layer computes, and that they attend to; None: all
     """
     q_size, kv_size = cfg.num_attention_heads * cfg.head_size, cfg.num_key_value_heads * cfg.head_size
     projections = cfg.hidden_size * (2 * q_size + 2 * kv_size)
     mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.hidden_size * cfg.intermediate_size
-    scores = 2 * q_size * ((seq_len + 1) / 2 if causal else seq_len)  # q k and p v
-    forward = 2 * (cfg.num_hidden_layers * (projections + mlp + scores) + cfg.hidden_size * cfg.vocab_size)
+    layers = 0.0
+    for share in [1.0] * cfg.num_hidden_layers if used is None else used:
+        keys = share * seq_len
+        scores = 2 * q_size * ((keys + 1) / 2 if causal else keys)  # q k and p v
+        layers += share * (projections + mlp + scores)
+    forward = 2 * (layers + cfg.hidden_size * cfg.vocab_size)
     return forward * (3 if training else 1)

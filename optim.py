@@ -9,35 +9,72 @@ from torch import Tensor, nn
 
 from config import TrainConfig
 from distributed import spread_like
+from routing import RoutingConfig
+
+# Modules of routers, by a whole part of a parameter's name, and the group that they are in.
+ROUTER_GROUPS = {
+    "causal_router": "causal",
+    "mod_router": "mod",
+    "surprise_router": "surprise",
+    "prior_ffn": "prior",
+    "transition_net": "prior",
+}
+GROUPS = ("muon", "decay", "plain", "prior", "prior_norm", "surprise", "mod", "causal")
+# The rest has none: it would drag a router's offsets to zero.
+DECAYING = ("decay", "prior")
 
 
 def parameter_groups(
     model: nn.Module, cfg: TrainConfig, head: nn.Module | None = None
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """Each trainable parameter in one group: muon (hidden matrices), decay (other matrices), plain (vectors).
+    """Each trainable parameter in one group: muon (hidden matrices), decay (other matrices), plain (vectors), and
+    those of routers, which have rates of their own.
 
     head: what is trained beside the model, under names of its own
     """
-    groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "decay": {}, "plain": {}}
+    groups: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in GROUPS}
     beside = head.named_parameters(prefix="head") if head is not None else ()
     for name, parameter in (*model.named_parameters(), *beside):
-        if not parameter.requires_grad:
-            continue
-        hidden = ".layers." in name and parameter.dim() == 2
-        kind = "plain" if parameter.dim() < 2 else "muon" if hidden and cfg.optimizer == "muon" else "decay"
-        groups[kind][name] = parameter
+        if parameter.requires_grad:
+            groups[_group_of(name, parameter, cfg)][name] = parameter
     return {kind: members for kind, members in groups.items() if members}
 
 
-class Optimizers:
-    """AdamW, with Muon beside it for the hidden matrices; one rate for all. State is kept by parameter name."""
+def _group_of(name: str, parameter: nn.Parameter, cfg: TrainConfig) -> str:
+    for part in name.split("."):
+        if part in ROUTER_GROUPS:
+            prior = ROUTER_GROUPS[part] == "prior" and parameter.dim() < 2
+            return "prior_norm" if prior else ROUTER_GROUPS[part]
+    if parameter.dim() < 2:
+        return "plain"
+    return "muon" if ".layers." in name and cfg.optimizer == "muon" else "decay"
 
-    def __init__(self, groups: dict[str, dict[str, nn.Parameter]], cfg: TrainConfig):
+
+def rate_scales(cfg: TrainConfig, routing: RoutingConfig | None) -> dict[str, float]:
+    """What the loop's rate is multiplied with, for groups that have another."""
+    if routing is None:
+        return {}
+    own = {"causal": routing.causal_lr, "surprise": routing.surprise_lr, "mod": routing.mod_lr}
+    own |= {"prior": routing.prior_lr, "prior_norm": routing.prior_lr}
+    return {kind: rate / cfg.lr for kind, rate in own.items() if rate is not None}
+
+
+class Optimizers:
+    """AdamW, with Muon beside it for the hidden matrices; one rate for all but routers. State is kept by name."""
+
+    def __init__(
+        self, groups: dict[str, dict[str, nn.Parameter]], cfg: TrainConfig, routing: RoutingConfig | None = None
+    ):
         self.names = {p: name for members in groups.values() for name, p in members.items()}
+        scales = rate_scales(cfg, routing)
         adamw = [
-            {"params": list(groups[kind].values()), "weight_decay": decay}
-            for kind, decay in (("decay", cfg.weight_decay), ("plain", 0.0))
-            if kind in groups
+            {
+                "params": list(groups[kind].values()),
+                "weight_decay": cfg.weight_decay if kind in DECAYING else 0.0,
+                "scale": scales.get(kind, 1.0),
+            }
+            for kind in GROUPS
+            if kind in groups and kind != "muon"
         ]
         self.members: list[torch.optim.Optimizer] = []
         if adamw:  # adapters alone are all Muon's
@@ -52,7 +89,7 @@ class Optimizers:
     def set_rate(self, rate: float) -> None:
         for optimizer in self.members:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("scale", 1.0)
 
     def step(self, skip: Tensor) -> None:
         """Move the weights, unless the flag `skip` (0 or 1, fp32) is set: then weights, moments and counts all stay."""

@@ -12,8 +12,9 @@ from torch import nn
 from config import Config, TrainConfig
 from distributed import World, least
 from log import Peak, say
-from model import GPT, LOGITS_PER_CHUNK, flops_per_token
+from model import GPT, LOGITS_PER_CHUNK
 from optim import parameter_groups
+from routing import flops_per_token
 
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
@@ -51,20 +52,26 @@ def memory_estimate(
     layer = 6 * m.hidden_size + 3 * q_size + 4 * kv_size + 4 * m.intermediate_size
     if isolated:
         layer += train.seq_len  # a row of the mask, which each layer keeps as numbers
-    kept = m.hidden_size * m.num_hidden_layers + layer if train.checkpoint_activations else layer * m.num_hidden_layers
-    kept += 4 * m.intermediate_size + 2 * m.hidden_size  # gradients in flight in the backward of one layer
+    layers = float(m.num_hidden_layers)
+    if model.routing is not None:  # of a routed layer the share that it computes, gathered and put back (4 E) ...
+        share, surprise = model.routing.share, 0 if model.routing.kind == "mod" else 6
+        # ... and, over all tokens, its output and what surprise is made of: updates, what is expected, how they differ
+        around = (4 * share + 1 + surprise) * m.hidden_size / layer
+        layers += len(model.routers) * (share + around - 1)
+    kept = m.hidden_size * m.num_hidden_layers + layer if train.checkpoint_activations else layer * layers
     activations = 4 * tokens * kept
+    in_flight = 4 * tokens * (4 * m.intermediate_size + 2 * m.hidden_size)  # gradients in the backward of one layer
     logits = 3 * 4 * min(targets * tokens * m.vocab_size, LOGITS_PER_CHUNK)  # logits, softmax and gradient
     # The gradients of the layers come as their activations go, so they fill such holes.
-    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.requires_grad)
-    holes = max(0.0, HEAP * (activations + logits) - min(activations, 4 * layers / shards))
+    weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.requires_grad)
+    holes = HEAP * (activations + in_flight + logits) - min(activations + in_flight, 4 * weights / shards)
     return {
         "weights": 4 * (sum(p.numel() for p in model.parameters()) + beside) / shards,
         "gradients": 4 * trained / shards,
         "optimizer": (8 * (trained - muon) + 4 * muon) / shards,
         "activations": activations,
         "logits": logits,
-        "heap": holes if device == "cpu" else 0.0,
+        "passing": in_flight + (max(0.0, holes) if device == "cpu" else 0.0),
     }
 
 
@@ -102,6 +109,15 @@ def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World, **how:
     return least(max(fitting, default=1), world)
 
 
+def routed(model: GPT) -> str:
+    """The end of the line about the model, where layers are routed."""
+    cfg = model.routing
+    if cfg is None:
+        return ""
+    layers = ", ".join(model.routers)
+    return f"; {cfg.kind}: layers {layers} compute {100 * cfg.share:g} % of the tokens"
+
+
 def announce(
     cfg: Config,
     train: TrainConfig,
@@ -118,13 +134,15 @@ def announce(
     estimate = estimate_for(cfg, model, train, world, rows, **how)
     groups = parameter_groups(model, train, how.get("head"))
     named = {"muon": "matrices by Muon", "decay": f"with weight decay {train.weight_decay:g}", "plain": "without"}
+    named |= {"prior": "of priors", "prior_norm": "of their norms", "surprise": "of surprise", "mod": "of scores"}
+    named |= {"causal": "of causal routers"}
     micro = -(-train.rows // world.size // rows)
-    flops = flops_per_token(model.cfg, train.seq_len)
+    flops = flops_per_token(model.cfg, model.routing, train.seq_len)
     parallel = f", {cfg.run.parallel}" if world.size > 1 else ""
     tokens = train.steps * train.batch_tokens
     epochs = f"{batches.epoch(train.steps):.2f} epochs" if batches.steps_per_epoch else "streamed"
     say(f"device     {world.device} x {world.size}{parallel}, {dtype}")
-    say(f"model      {size / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a token")
+    say(f"model      {size / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a token{routed(model)}")
     say("optimizer  " + ", ".join(f"{len(m)} tensors ({sum(p.numel() for p in m.values()) / 1e6:.2f} M) {named[k]}"
         for k, m in groups.items()))  # fmt: skip
     say("memory     " + ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in estimate.items())

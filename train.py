@@ -50,6 +50,7 @@ from log import MetricLog, Peak, Speed, peak_of, say
 from model import GPT, IGNORE, Output, generate
 from optim import Optimizers, Plateau, lr_at, parameter_groups
 from plan import announce, micro_rows
+from routing import at_step, build_model, mean_stats, penalty_weights, routed_by
 from runfolder import (
     check_disk,
     clear,
@@ -69,7 +70,7 @@ from runfolder import (
 from tokenizer import Tokenizer, escape_terminal
 from triplets import TripletBatch, TripletBatches
 
-SECTIONS = ("run", "model", "data", "train")  # of the configuration, which decide what comes out of train.py
+SECTIONS = ("run", "model", "routing", "data", "train")  # of the configuration, which decide what comes out of train.py
 PREEMPTED = 75  # exit code: stopped by a signal, everything saved
 
 
@@ -94,7 +95,9 @@ class LanguageModeling(nn.Module):
     def __init__(self, model: GPT, penalties: dict[str, float]):
         super().__init__()
         self.head: nn.Module | None = None  # what is trained beside the model
-        self.model, self.penalties = model, {name: weight for name, weight in penalties.items() if weight}
+        # Penalties of routers stay at weight 0 too: ranks wait for a gradient of every parameter.
+        kept = {name: weight for name, weight in penalties.items() if weight or name != "z_loss"}
+        self.model, self.penalties = model, kept
         model.z_loss = "z_loss" in self.penalties
 
     def across(self, micros: list[Micro], wrapped: nn.Module) -> list[Micro]:
@@ -110,10 +113,22 @@ class LanguageModeling(nn.Module):
         extra: tuple[Tensor, ...] = (),
     ) -> StepLoss:
         out = self.model(tokens, targets, documents=documents, at=at)
-        return StepLoss(self.penalised(out), out.weight, {"loss": out.loss.detach()})
+        total, more = self.penalised(out, targets)
+        return StepLoss(total, out.weight, {"loss": out.loss.detach()} | more)
 
-    def penalised(self, out: Output) -> Tensor:
-        return sum((weight * out.penalties[name] for name, weight in self.penalties.items()), out.loss)
+    def penalised(self, out: Output, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the loss with its penalties, sums to log about these)"""
+        if self.penalties.keys() != out.penalties.keys():
+            raise ValueError(f"penalties: expected weights of {sorted(out.penalties)}, got {sorted(self.penalties)}")
+        # A row's mean counts as often as the row has targets: so the sum does not depend on how a batch is cut.
+        counts = (targets != IGNORE).sum(1)
+        sums = {n: value if n == "z_loss" else (value * counts).sum() for n, value in out.penalties.items()}
+        total = sum((weight * sums[name] for name, weight in self.penalties.items()), out.loss)
+        metrics = {}
+        if self.model.routing is not None:
+            metrics |= {"train/loss": total, "train/lm_loss": out.loss} | {f"train/{n}": s for n, s in sums.items()}
+            metrics |= {f"router/{n}": value * out.weight for n, value in mean_stats(out.stats).items()}
+        return total, metrics
 
 
 # --- how it is minimised ----------------------------------------------------------------------------------------------
@@ -185,7 +200,10 @@ def train_step(
     optimizers.step(skip)
     scaler.update()  # lowers its scale where `unscale_` has met what is not finite
     optimizers.zero_grad()
-    metrics = {name: total(value.clone(), world) / weight for name, value in sums.items()}
+    averages = total(torch.stack([value.float() for value in sums.values()]), world) / weight
+    metrics = dict(zip(sums, averages, strict=True))
+    if "train/lm_loss" in metrics:
+        metrics["train/perplexity"] = metrics["train/lm_loss"].exp()
     return metrics | (out.figures or {}) | {"grad_norm": norm, "targets": weight, "skipped": skip}
 
 
@@ -208,6 +226,7 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
     was_training = model.training
     model.eval()
     losses, counts, sizes = [], 0, 0
+    figures: dict[str, Tensor] = {}  # of routers, summed over targets
     for window in share_of(windows, world):
         (micro,) = micro_batches(window, len(window.tokens), world.device)
         with autocast:
@@ -215,12 +234,54 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
         losses.append(out.loss.float())
         real = window.targets[window.targets != IGNORE]
         counts, sizes = counts + len(real), sizes + int(bytes_of[real].sum())
+        for name, value in mean_stats(out.stats).items():
+            if name.startswith("mean/"):
+                figures[name] = figures.get(name, 0) + value * len(real)
     model.train(was_training)
-    nats = torch.stack(losses).cpu().double().sum()  # the device is asked once; an Apple GPU has no float64
-    sums = torch.tensor([float(nats), counts, sizes], dtype=torch.float64)
-    nats, count, size = total(sums, world).tolist()
+    nats = torch.stack(losses).cpu().double().sum()  # an Apple GPU has no float64
+    routed = torch.stack(list(figures.values())).tolist() if figures else []
+    sums = torch.tensor([float(nats), counts, sizes, *routed], dtype=torch.float64)
+    nats, count, size, *routed = total(sums, world).tolist()
     loss = nats / count
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, size)}
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, size)}
+    return result | {f"router/{name}": value / count for name, value in zip(figures, routed, strict=True)}
+
+
+@torch.no_grad()
+def calibrate(model: GPT, windows: list[Batch], tokens: int, device: torch.device, autocast: Any) -> None:
+    """Set the thresholds of the causal routers, one layer after the other, on the first windows: the same on all ranks.
+
+    With them the share of tokens that is computed is the capacity; the loss has no part in it.
+    """
+    length = windows[0].tokens.shape[1]
+    rows = max(1, tokens // length)
+    first = [torch.cat(list(parts))[:rows] for parts in zip(*(w[:2] for w in windows), strict=True)]
+    documents = None
+    if windows[0].documents is not None:
+        documents = torch.cat([window.documents for window in windows])[:rows].to(device)
+    ids, targets = (t.to(device) for t in first)
+    was_training = model.training
+    model.eval()
+    with routed_by(model, "calibrate"), autocast:  # no logits are needed, but to know which tokens are padding
+        model(ids, targets, documents=documents, at=torch.empty(0, dtype=torch.long, device=device))
+    model.train(was_training)
+
+
+def evaluate_routed(
+    model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, autocast: Any
+) -> dict[str, float]:
+    """`evaluate`; of a model with routers as it is used, and beside it as it trains, which looks ahead."""
+    if model.routing is None:
+        return evaluate(model, windows, bytes_of, world, autocast)
+    if model.routing.calibrate_tokens:
+        calibrate(model, windows, model.routing.calibrate_tokens, world.device, autocast)
+    result = evaluate(model, windows, bytes_of, world, autocast)
+    result["used"] = result.pop("router/mean/selected_fraction")
+    with routed_by(model, "topk"):
+        topk = evaluate(model, windows, bytes_of, world, autocast)
+    for name in ("loss", "perplexity"):
+        result |= {f"{name}_causal": result[name], f"{name}_topk": topk[name]}
+    return result | {name: value for name, value in topk.items() if name.startswith("router/")}
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -273,6 +334,10 @@ class WholeModel:
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         return load_model(folder)[0].state_dict()
+
+
+class RoutedModel(WholeModel):
+    loaded_by = "load_model and infer.py load each; transformers has no routed layers"
 
 
 class Exam:
@@ -369,7 +434,8 @@ def fit(
     """
     cfg, loop, world, model = trainer.cfg, trainer.loop, trainer.world, trainer.model
     groups = parameter_groups(model, loop, unwrapped(trainer.objective).head)
-    optimizers, progress, stop = Optimizers(groups, loop), Progress(loop, trainer.exam.rank), stop or Stop()
+    optimizers = Optimizers(groups, loop, model.routing)
+    progress, stop = Progress(loop, trainer.exam.rank), stop or Stop()
     resumed = resume(trainer, source, optimizers, progress) if source else None
     log = MetricLog(cfg, loop, trainer.folder, progress.step, trainer.speed, world)
     leaving, early = False, progress.step + 3  # so that a person soon sees loss, speed and remaining time
@@ -382,6 +448,7 @@ def fit(
             step = progress.step
             rate = lr_at(step, loop, progress.plateau.scale)
             optimizers.set_rate(rate)
+            at_step(model, step, loop.steps)
             seed_step(cfg.run.seed, step, world.rank)
             metrics = train_step(
                 trainer.objective,
@@ -403,7 +470,7 @@ def fit(
             if last or done % loop.eval_every == 0:
                 log.flush()
                 with log.pause():
-                    loss = evaluate(model, trainer.windows, trainer.bytes_of, world, trainer.autocast)
+                    loss = evaluate_routed(model, trainer.windows, trainer.bytes_of, world, trainer.autocast)
                     progress.see(loss | trainer.exam(trainer))
                     show_progress(trainer, log, progress)
             if progress.over or leaving or done % cfg.run.save_every == 0 or progress.best["step"] == done:
@@ -468,7 +535,7 @@ def refuse_changes(cfg: Config, old: dict[str, Any], sections: tuple[str, ...]) 
         for key in now
         if now[key] != was.get(key) and (not HARMLESS.fullmatch(key) or (listens and LISTENED_TO.fullmatch(key)))
     }
-    refused = [key for key in changed if key not in cfg.run.allow_change or key.startswith("model.")]
+    refused = [key for key in changed if key not in cfg.run.allow_change or key.startswith(("model.", "routing."))]
     if refused:
         listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in refused)
         raise ConfigError(
@@ -639,7 +706,7 @@ def assemble(
         rows=rows,
         autocast=torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext(),
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
-        speed=Speed.of(model.cfg, loop.seq_len, peak, world.size),
+        speed=Speed.of(model.cfg, loop.seq_len, peak, world.size, model.routing),
         store=store,
         exam=exam or Exam(),
     )
@@ -662,8 +729,10 @@ def build(cfg: Config, world: World) -> Trainer:
     batches = open_batches(cfg.data, data, loop.seq_len, loop.rows, cfg.run.seed)
     windows = eval_windows(data.val, loop.seq_len, loop.eval_tokens, isolate_documents=isolate)
     torch.manual_seed(cfg.run.seed)
-    objective = LanguageModeling(GPT(cfg.model).to(world.device), {"z_loss": loop.z_loss})
-    return assemble(cfg, loop, world, objective, data.tokenizer, batches, windows, sample_document, WholeModel())
+    model = build_model(cfg.model, cfg.routing).to(world.device)
+    objective = LanguageModeling(model, {"z_loss": loop.z_loss} | penalty_weights(cfg.routing))
+    store = RoutedModel() if model.routing else WholeModel()
+    return assemble(cfg, loop, world, objective, data.tokenizer, batches, windows, sample_document, store)
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 # Dependencies run from volatile to stable; a file imports files of lower lines only.
 IMPORTS = {
     "model": set(),
+    "routing": {"model"},
     "tokenizer": set(),
     "lora": set(),
     "distributed": set(),
@@ -25,8 +26,8 @@ IMPORTS = {
     "tasks": set(),
     "contrast": set(),
     "triplets": {"chat", "corpus", "data", "tasks", "tokenizer"},
-    "config": {"model", "lora", "corpus", "chat", "tasks", "triplets"},
-    "checkpoint": {"config", "lora", "model", "tokenizer"},
+    "config": {"model", "routing", "lora", "corpus", "chat", "tasks", "triplets"},
+    "checkpoint": {"config", "lora", "model", "routing", "tokenizer"},
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
     "injection": {"chat", "contrast", "model", "tokenizer", "triplets"},
     "eval": {
@@ -42,10 +43,10 @@ IMPORTS = {
         "tokenizer",
         "triplets",
     },
-    "infer": {"config", "model", "tokenizer", "checkpoint", "distributed"},
-    "optim": {"config", "distributed"},
-    "log": {"config", "distributed", "model", "runfolder"},
-    "plan": {"config", "distributed", "log", "model", "optim"},
+    "infer": {"config", "model", "routing", "tokenizer", "checkpoint", "distributed"},
+    "optim": {"config", "distributed", "routing"},
+    "log": {"config", "distributed", "model", "routing", "runfolder"},
+    "plan": {"config", "distributed", "log", "model", "optim", "routing"},
     "train": {
         "chat",
         "triplets",
@@ -60,6 +61,7 @@ IMPORTS = {
         "optim",
         "log",
         "plan",
+        "routing",
     },
     "finetune": {
         "chat",
@@ -72,6 +74,7 @@ IMPORTS = {
         "log",
         "lora",
         "model",
+        "routing",
         "tokenizer",
         "train",
         "triplets",
@@ -87,6 +90,7 @@ IMPORTS = {
         "model",
         "optim",
         "plan",
+        "routing",
         "train",
     },
 }
@@ -226,6 +230,7 @@ def test_k04_every_configuration_key_is_read_somewhere():
         assert is_dataclass(kind)
         for field in fields(kind):
             read = re.search(
-                rf"\b(?:cfg|self|train|loop|log|infer|finetune|contrast|eval|run|data|m|model)\.{field.name}\b", code
+                rf"\b(?:cfg|self|train|loop|log|infer|finetune|contrast|eval|run|data|m|model|routing)\.{field.name}\b",
+                code,
             )
             assert read or field.name in handed_on, f"{section}.{field.name}"
