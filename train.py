@@ -19,7 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -526,9 +526,22 @@ def flat(section: dict[str, Any], path: str = "") -> dict[str, Any]:
     return out
 
 
+def plain_sections(values: dict[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
+    """As they come back from a state.json."""
+    return {name: json.loads(json.dumps(values[name])) for name in sections}
+
+
+def defaults(cfg: Config, sections: tuple[str, ...]) -> dict[str, Any]:
+    """What a run did that was started before a key existed."""
+    known = {
+        name: {f.name: f.default for f in fields(getattr(cfg, name)) if f.default is not MISSING} for name in sections
+    }
+    return flat(plain_sections(known, sections))
+
+
 def refuse_changes(cfg: Config, old: dict[str, Any], sections: tuple[str, ...]) -> dict[str, list[Any]]:
     """What differs from the run that is continued, as {key: [old, new]}; refused unless allowed by key."""
-    was, now = flat(old), flat({name: json.loads(json.dumps(asdict(cfg)))[name] for name in sections})
+    was, now = defaults(cfg, sections) | flat(old), flat(plain_sections(asdict(cfg), sections))
     listens = any(now.get(f"{name}.schedule") == "plateau" or now.get(f"{name}.patience") for name in sections)
     changed = {
         key: [was.get(key), now[key]]

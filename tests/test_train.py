@@ -19,7 +19,7 @@ from runs import Starter, killed_at, metrics, options, script, torchrun
 from torch import nn
 
 import train
-from config import TrainConfig, load_config
+from config import ConfigError, TrainConfig, load_config
 from data import Batch
 from distributed import World
 from lora import LoraConfig, apply_lora, lora_state
@@ -297,6 +297,16 @@ def test_h3_evaluations_are_not_harmless_where_something_listens_to_them(rule: d
     deaf = {"schedule": "cosine", "patience": 0}
     old["train"] |= deaf
     assert not train.refuse_changes(replace(now, train=replace(now.train, **deaf)), old, train.SECTIONS)
+
+
+def test_a_run_that_is_older_than_a_key_goes_on_with_its_default():
+    """Every new section of the configuration once ended all runs that were under way."""
+    cfg = load_config([], "train")
+    old = asdict(cfg)
+    del old["routing"], old["train"]["patience"]
+    assert not train.refuse_changes(cfg, old, train.SECTIONS)
+    with pytest.raises(ConfigError, match=r"routing\.kind 'dense' -> 'mod'"):
+        train.refuse_changes(load_config(["--routing.kind=mod"], "train"), old, train.SECTIONS)
 
 
 def allowed(*keys: str) -> list[str]:
