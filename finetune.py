@@ -343,6 +343,7 @@ def show_data(cfg: Config) -> None:
     tokenizer = load_tokenizer(base_of(loop))
     if loop.objective == "contrast":
         data = prepare_triplets(cfg.contrast, tokenizer, loop.seq_len)
+        loop = replace(loop, seq_len=row_width(data.train, loop.seq_len, loop.rows, loop.batch_tokens))
         batches = TripletBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed)
         data.audit.padding, batch = batches.padding, Batch(*(part[:2] for part in batches(0)[:3]))
     else:

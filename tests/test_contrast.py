@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -567,6 +568,47 @@ def test_rows_that_name_no_attack_are_trained_on_all_the_same(base: Path, rows: 
     assert "4 of 4 validation triplets do not say what an attack is after" in capfd.readouterr().err
     found = [line for line in runs.lines(tmp_path / "run" / "metrics.jsonl") if "val/loss" in line]
     assert all("val/attack_success" not in line and "val/utility" in line for line in found)
+
+
+def test_q03_memory_stays_where_it_is(base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Graphs that hang on to what is logged once made every epoch larger than the one before."""
+    sizes = {}
+
+    def watched(*arguments, **how):
+        metrics = original(*arguments, **how)
+        if len(sizes) in (30, 90):  # in the first epoch, and some epochs later
+            gc.collect()
+            tensors = {id(t): t for t in gc.get_objects() if issubclass(type(t), Tensor)}
+            sizes[len(sizes)] = sum(t.untyped_storage().nbytes() for t in tensors.values())
+        else:
+            sizes[len(sizes)] = None
+        return metrics
+
+    original = train.train_step
+    monkeypatch.setattr(train, "train_step", watched)
+    finetune.main(options(base, rows, tmp_path / "run", "--steps=91", "--eval_every=10", "--run.save_every=91"))
+    assert sizes[90] <= 1.01 * sizes[30]
+
+
+def test_q04_recomputing_activations_keeps_less_than_half_of_them():
+    kept = []
+    for recompute in (False, True):
+        gpt = model().train()
+        gpt.checkpoint_activations = recompute
+        own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+        seen: dict[int, int] = {}
+
+        def keep(tensor: Tensor, own: set[int] = own, seen: dict[int, int] = seen) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        (micro,) = train.micro_batches(side_by_side(items(8)), 99, ALONE.device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            objective(gpt)(*micro)
+        kept.append(sum(seen.values()))
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_show_data_shows_the_three_streams(base: Path, rows: Path, tmp_path: Path, capfd):
