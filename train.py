@@ -287,9 +287,6 @@ def evaluate_routed(
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-LOSSES = ("loss", "perplexity", "bits_per_byte")
-
-
 class Preempted(Exception):
     exit_code = PREEMPTED
 
@@ -480,11 +477,15 @@ def fit(
     return progress
 
 
+# Of an evaluation: what has words of its own in the line for the person, and what is too much for it.
+TOLD_APART = re.compile(r"loss$|perplexity|bits_per_byte$|router/")
+
+
 def show_progress(trainer: Trainer, log: MetricLog, progress: Progress) -> None:
     """A line with the validation loss, and what the model writes at this point."""
     step, result = progress.step, progress.result
     log.event(step=step, **{f"val/{name}": value for name, value in result.items()})
-    beside = "".join(f" {name} {value:.3f}" for name, value in result.items() if name not in LOSSES)
+    beside = "".join(f" {name} {value:.3f}" for name, value in result.items() if not TOLD_APART.match(name))
     say(f"step {step} val/loss {result['loss']:.4f} perplexity {result['perplexity']:.2f} "
         f"bits per byte {result['bits_per_byte']:.4f}{beside}")  # fmt: skip
     if trainer.loop.sample_tokens:

@@ -207,7 +207,7 @@ def test_w01_options_that_the_readme_uses_exist():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for script, options in re.findall(
-        r"^(?:\$ )?python (train|infer|finetune)\.py ?(.*?)(?:\s{2,}#.*)?$", text, re.MULTILINE
+        r"^(?:\$ )?python (train|infer|finetune|eval)\.py ?(.*?)(?:\s{2,}#.*)?$", text, re.MULTILINE
     ):
         words = re.findall(r"\"[^\"]*\"|'[^']*'|\S+", options)
         if "--help" not in words:
