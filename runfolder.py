@@ -22,7 +22,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -202,14 +202,24 @@ def _prune(run: Path, step: int, keep: int, best: int | None, warn: Callable[[st
     Those after `step` stay until the run gets there: they are damaged, or of a run that was wound back on purpose.
     Only sizes are compared here: to read all checkpoints at each save would take longer than the save.
     """
-    parent = run / "checkpoints"
     steps = {number: folder for number, folder in _checkpoints(run) if folder.name.startswith("step-")}
     whole = [n for n in sorted(steps, reverse=True) if n < step and not _problem(steps[n], hashes=False)]
     kept = {best, *[step, *whole][: max(1, keep)]}
-    unwanted = [folder for number, folder in steps.items() if number < step and number not in kept]
-    unwanted += [path for path in parent.iterdir() if path.name.startswith((TEMPORARY, DELETED, REPLACED))]
-    unwanted += [path for path in run.iterdir() if path.name.startswith(TEMPORARY) and path.is_file()]
-    unwanted += run.glob(f"{DELETED}*")
+    _delete_all([folder for number, folder in steps.items() if number < step and number not in kept], warn)
+    sweep(run, warn)
+
+
+def sweep(run: Path, warn: Callable[[str], None], in_use: Path | None = None) -> None:
+    """Delete what saves and deletions left that were killed on the way, but for a checkpoint that is in use."""
+    found = [path for path in run.iterdir() if path.name.startswith(TEMPORARY) and path.is_file()]
+    found += run.glob(f"{DELETED}*")
+    inside = run / "checkpoints"
+    if inside.is_dir():
+        found += [path for path in inside.iterdir() if path.name.startswith((TEMPORARY, DELETED, REPLACED))]
+    _delete_all([path for path in found if path != in_use], warn)
+
+
+def _delete_all(unwanted: Iterable[Path], warn: Callable[[str], None]) -> None:
     for path in unwanted:
         try:
             _delete(path)

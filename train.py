@@ -62,6 +62,7 @@ from runfolder import (
     read_status,
     save,
     source_record,
+    sweep,
     verify,
     versions,
     write_atomic,
@@ -776,8 +777,10 @@ def run(
             if state["over"] and not changed:
                 say(f"{folder} is complete: {state['step']} steps, best validation loss {state['best']['loss']:.4f}")
                 say(f"next: {following}")
-                if world.is_main and read_status(folder) != "done":  # killed between its last save and its last word
-                    write_status(folder, "done", 0, "")
+                if world.is_main:
+                    sweep(folder, lambda text: say(f"warning: {text}"), source)  # what the last save left, if killed
+                    if read_status(folder) != "done":  # killed between its last save and its last word
+                        write_status(folder, "done", 0, "")
                 return 0
         if world.is_main:
             write_atomic(folder / "config.yaml", dump(cfg).encode())

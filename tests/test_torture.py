@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from runs import ROOT, SAVE_EVERY, STEPS, Started, Starter, at, killed_at, options, reached, rows, steps
+from runs import CHECKPOINTS, ROOT, SAVE_EVERY, STEPS, Started, Starter, at, killed_at, options, reached, rows, steps
 from safetensors.torch import load_file, save_file
 
 from runfolder import newest_valid, verify
@@ -459,6 +459,22 @@ def test_a9_started_again_after_the_end(starter: Starter, corpus: Path, referenc
     said = starter.run(*options(corpus, run))
     assert "complete" in said.stderr
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a9_what_a_kill_after_the_last_checkpoint_left_goes(
+    starter: Starter, corpus: Path, reference: Path, tmp_path: Path
+):
+    """Killed while it tidies up behind its last save, a run is complete, and no later save sweeps for it."""
+    run = shutil.copytree(reference, tmp_path / "run")
+    (run / ".tmp-0123").write_text("half a file")
+    (run / CHECKPOINTS / ".tmp-0123").mkdir()
+    shutil.copytree(at(run, STEPS), run / CHECKPOINTS / ".del-0123")
+    assert "complete" in starter.run(*options(corpus, run)).stderr
+    assert_same_run(run, reference)
+    # Killed between two renames, the last checkpoint is there under a name that is swept otherwise.
+    at(run, STEPS).rename(run / CHECKPOINTS / f".old-{at(run, STEPS).name}")
+    assert "complete" in starter.run(*options(corpus, run)).stderr
+    assert verify(run) == verify(reference)
 
 
 @slow
