@@ -205,18 +205,22 @@ def _prune(run: Path, step: int, keep: int, best: int | None, warn: Callable[[st
     steps = {number: folder for number, folder in _checkpoints(run) if folder.name.startswith("step-")}
     whole = [n for n in sorted(steps, reverse=True) if n < step and not _problem(steps[n], hashes=False)]
     kept = {best, *[step, *whole][: max(1, keep)]}
-    _delete_all([folder for number, folder in steps.items() if number < step and number not in kept], warn)
-    sweep(run, warn)
+    unwanted = [folder for number, folder in steps.items() if number < step and number not in kept]
+    _delete_all([*unwanted, *_leftovers(run)], warn)
 
 
 def sweep(run: Path, warn: Callable[[str], None], in_use: Path | None = None) -> None:
     """Delete what saves and deletions left that were killed on the way, but for a checkpoint that is in use."""
+    _delete_all([path for path in _leftovers(run) if path != in_use], warn)
+
+
+def _leftovers(run: Path) -> list[Path]:
     found = [path for path in run.iterdir() if path.name.startswith(TEMPORARY) and path.is_file()]
     found += run.glob(f"{DELETED}*")
     inside = run / "checkpoints"
     if inside.is_dir():
         found += [path for path in inside.iterdir() if path.name.startswith((TEMPORARY, DELETED, REPLACED))]
-    _delete_all([path for path in found if path != in_use], warn)
+    return found
 
 
 def _delete_all(unwanted: Iterable[Path], warn: Callable[[str], None]) -> None:

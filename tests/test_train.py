@@ -302,7 +302,7 @@ def test_h3_evaluations_are_not_harmless_where_something_listens_to_them(rule: d
 def test_a_run_that_is_older_than_a_key_goes_on_with_its_default():
     """Every new section of the configuration once ended all runs that were under way."""
     cfg = load_config([], "train")
-    old = asdict(cfg)
+    old = json.loads(json.dumps(asdict(cfg)))
     del old["routing"], old["train"]["patience"]
     assert not train.refuse_changes(cfg, old, train.SECTIONS)
     with pytest.raises(ConfigError, match=r"routing\.kind 'dense' -> 'mod'"):
