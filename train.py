@@ -417,6 +417,7 @@ class Progress:
 
     def load(self, state: dict[str, Any]) -> None:
         self.step, self.best, self.stale, self.result = (state[k] for k in ("step", "best", "stale", "result"))
+        self.best = {"rank": [self.best["loss"]]} | self.best  # older runs went by the loss alone
         self.plateau.load(state["plateau"])
 
 

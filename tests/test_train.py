@@ -411,3 +411,14 @@ def test_f10_the_losses_of_a_known_run(corpus: Path, tmp_path: Path):
     worst = max(abs(found[step] - golden["losses"][step]) for step in golden["losses"])
     (tmp_path / "found.json").write_text(json.dumps({"of": here, "losses": found}, indent=0))
     assert worst <= 1e-6, f"found other losses: {tmp_path / 'found.json'}"
+
+
+def test_the_best_evaluation_of_an_older_run_stays_the_best():
+    """Its state has no rank, which came with objectives that go by more than the loss."""
+    progress = train.Progress(TrainConfig(), lambda result: [result["loss"]])
+    state = progress.state() | {"best": {"step": 4, "loss": 1.0}}
+    progress.load(state)
+    progress.see({"loss": 2.0})
+    assert progress.best["step"] == 4
+    progress.see({"loss": 0.5})
+    assert progress.best["loss"] == 0.5
