@@ -33,7 +33,7 @@ from chat import ChatBatches, Example, prepare_chat
 from checkpoint import export, load_model
 from config import Config, check, load_config, run_script
 from corpus import prepare
-from data import Batch
+from data import Batch, micro_batches
 from distributed import World, pick_device, pick_dtype
 from lora import apply_lora
 from model import GPT, IGNORE, KVCache, flops_per_token
@@ -41,7 +41,7 @@ from optim import Optimizers, parameter_groups
 from plan import micro_rows
 from routing import RoutingConfig, build_model, penalty_weights, routed_by
 from routing import flops_per_token as routed_flops
-from train import LanguageModeling, micro_batches, train_step
+from train import LanguageModeling, train_step
 
 TURNS = 7
 IDS = 2048  # of the tokenizer that conversations are cut with; the model may have more, as padded vocabularies do

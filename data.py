@@ -356,6 +356,39 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
     return sizes
 
 
+# --- on the device ----------------------------------------------------------------------------------------------
+
+
+class Micro(NamedTuple):
+    """A micro-batch, on the device."""
+
+    tokens: Tensor  # [B, T]
+    targets: Tensor  # [B, T]
+    documents: Tensor | None  # [B, T]
+    at: Tensor | None  # [N] positions with a target, where there are others; found on the host, which knows for free
+    extra: tuple[Tensor, ...] = ()  # what else an objective wants to know
+
+
+def micro_batches(batch: Any, rows: int, device: torch.device) -> list[Micro]:
+    """A batch cut into rows, with what is not of single rows in each of its parts.
+
+    batch: a Batch, or a tuple that begins as one and goes on with what an objective wants to know
+    """
+    micros = []
+    for first in range(0, len(batch.tokens), rows):
+        part = [t if t is None or t.dim() < 2 else t[first : first + rows] for t in batch]
+        kept = (part[1] != IGNORE).flatten()
+        at = None if kept.all() else kept.nonzero().squeeze(1)
+        moved = [None if t is None else to_device(t, device) for t in (*part[:3], at, *part[3:])]
+        micros.append(Micro(*moved[:4], tuple(moved[4:])))
+    return micros
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, so that the copy waits neither for the device nor the program for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 # --- command line -----------------------------------------------------------------------------------------------
 
 

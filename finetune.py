@@ -28,7 +28,7 @@ from chat import ChatBatches, ChatData, chat_windows, prepare_chat
 from checkpoint import hash_weights, load_model, read_adapter, resolve, write_adapter
 from config import Config, ConfigError, FinetuneConfig, check, check_context, check_rows, load_config, run_script
 from contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
-from data import Batch, show, write_text
+from data import Batch, Micro, show, write_text
 from distributed import World, ranks, start, stop, total, unwrapped, whole
 from injection import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
 from log import Peak, say
@@ -39,7 +39,6 @@ from tokenizer import DataError, Tokenizer, load_tokenizer
 from train import (
     Exam,
     LanguageModeling,
-    Micro,
     ResumeError,
     RoutedModel,
     StepLoss,

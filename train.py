@@ -30,7 +30,7 @@ from chat import ChatBatches
 from checkpoint import load_model, write_folder
 from config import Config, ConfigError, TrainConfig, check, dump, exit_code_of, load_config, run_script
 from corpus import prepare
-from data import Batch, PretrainBatches, StreamBatches, eval_windows, open_batches, token_bytes
+from data import Batch, Micro, PretrainBatches, StreamBatches, eval_windows, micro_batches, open_batches, token_bytes
 from distributed import (
     World,
     any_rank,
@@ -46,11 +46,12 @@ from distributed import (
     whole,
     wrap,
 )
+from heldout import evaluate_routed
 from log import MetricLog, Peak, Speed, peak_of, say
 from model import GPT, IGNORE, Output, generate
 from optim import Optimizers, Plateau, lr_at, parameter_groups
 from plan import announce, micro_rows
-from routing import at_step, build_model, mean_stats, penalty_weights, routed_by
+from routing import at_step, build_model, mean_stats, penalty_weights
 from runfolder import (
     check_disk,
     clear,
@@ -69,7 +70,7 @@ from runfolder import (
     write_status,
 )
 from tokenizer import Tokenizer, escape_terminal
-from triplets import TripletBatch, TripletBatches
+from triplets import TripletBatches
 
 SECTIONS = ("run", "model", "routing", "data", "train")  # of the configuration, which decide what comes out of train.py
 PREEMPTED = 75  # exit code: stopped by a signal, everything saved
@@ -135,33 +136,6 @@ class LanguageModeling(nn.Module):
 # --- how it is minimised ----------------------------------------------------------------------------------------------
 
 
-class Micro(NamedTuple):
-    """A micro-batch, on the device."""
-
-    tokens: Tensor  # [B, T]
-    targets: Tensor  # [B, T]
-    documents: Tensor | None  # [B, T]
-    at: Tensor | None  # [N] positions with a target, where there are others; found on the host, which knows for free
-    extra: tuple[Tensor, ...] = ()  # what else an objective wants to know
-
-
-def micro_batches(batch: Batch | TripletBatch, rows: int, device: torch.device) -> list[Micro]:
-    """A batch cut into rows, with what is not of single rows in each of its parts."""
-    micros = []
-    for first in range(0, len(batch.tokens), rows):
-        part = [t if t is None or t.dim() < 2 else t[first : first + rows] for t in batch]
-        kept = (part[1] != IGNORE).flatten()
-        at = None if kept.all() else kept.nonzero().squeeze(1)
-        moved = [None if t is None else to_device(t, device) for t in (*part[:3], at, *part[3:])]
-        micros.append(Micro(*moved[:4], tuple(moved[4:])))
-    return micros
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, so that the copy waits neither for the device nor the program for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout is a function of (seed, step, rank): nothing to save, and evaluation cannot disturb it."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
@@ -206,83 +180,6 @@ def train_step(
     if "train/lm_loss" in metrics:
         metrics["train/perplexity"] = metrics["train/lm_loss"].exp()
     return metrics | (out.figures or {}) | {"grad_norm": norm, "targets": weight, "skipped": skip}
-
-
-# --- how well it does -------------------------------------------------------------------------------------------------
-
-
-def share_of(windows: list[Batch], world: World) -> list[Batch]:
-    """A rank's windows. All ranks have equally many, because a sharded model runs on all of them or on none."""
-    empty = windows[0]._replace(targets=torch.full_like(windows[0].targets, IGNORE))
-    filled = [*windows, *[empty] * (-len(windows) % world.size)]
-    return filled[world.rank :: world.size]
-
-
-@torch.no_grad()
-def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, autocast: Any) -> dict[str, float]:
-    """Validation loss in nats, perplexity and bits per byte, over a fixed list of windows shared among the ranks.
-
-    Bits per byte: the bits of all targets, those that end documents and turns included, over the bytes of the text.
-    """
-    was_training = model.training
-    model.eval()
-    losses, counts, sizes = [], 0, 0
-    figures: dict[str, Tensor] = {}  # of routers, summed over targets
-    for window in share_of(windows, world):
-        (micro,) = micro_batches(window, len(window.tokens), world.device)
-        with autocast:
-            out = model(micro.tokens, micro.targets, documents=micro.documents, at=micro.at)
-        losses.append(out.loss.float())
-        real = window.targets[window.targets != IGNORE]
-        counts, sizes = counts + len(real), sizes + int(bytes_of[real].sum())
-        for name, value in mean_stats(out.stats).items():
-            if name.startswith("mean/"):
-                figures[name] = figures.get(name, 0) + value * len(real)
-    model.train(was_training)
-    nats = torch.stack(losses).cpu().double().sum()  # an Apple GPU has no float64
-    routed = torch.stack(list(figures.values())).tolist() if figures else []
-    sums = torch.tensor([float(nats), counts, sizes, *routed], dtype=torch.float64)
-    nats, count, size, *routed = total(sums, world).tolist()
-    loss = nats / count
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, size)}
-    return result | {f"router/{name}": value / count for name, value in zip(figures, routed, strict=True)}
-
-
-@torch.no_grad()
-def calibrate(model: GPT, windows: list[Batch], tokens: int, device: torch.device, autocast: Any) -> None:
-    """Set the thresholds of the causal routers, one layer after the other, on the first windows: the same on all ranks.
-
-    With them the share of tokens that is computed is the capacity; the loss has no part in it.
-    """
-    length = windows[0].tokens.shape[1]
-    rows = max(1, tokens // length)
-    first = [torch.cat(list(parts))[:rows] for parts in zip(*(w[:2] for w in windows), strict=True)]
-    documents = None
-    if windows[0].documents is not None:
-        documents = torch.cat([window.documents for window in windows])[:rows].to(device)
-    ids, targets = (t.to(device) for t in first)
-    was_training = model.training
-    model.eval()
-    with routed_by(model, "calibrate"), autocast:  # no logits are needed, but to know which tokens are padding
-        model(ids, targets, documents=documents, at=torch.empty(0, dtype=torch.long, device=device))
-    model.train(was_training)
-
-
-def evaluate_routed(
-    model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, autocast: Any
-) -> dict[str, float]:
-    """`evaluate`; of a model with routers as it is used, and beside it as it trains, which looks ahead."""
-    if model.routing is None:
-        return evaluate(model, windows, bytes_of, world, autocast)
-    if model.routing.calibrate_tokens:
-        calibrate(model, windows, model.routing.calibrate_tokens, world.device, autocast)
-    result = evaluate(model, windows, bytes_of, world, autocast)
-    result["used"] = result.pop("router/mean/selected_fraction")
-    with routed_by(model, "topk"):
-        topk = evaluate(model, windows, bytes_of, world, autocast)
-    for name in ("loss", "perplexity"):
-        result |= {f"{name}_causal": result[name], f"{name}_topk": topk[name]}
-    return result | {name: value for name, value in topk.items() if name.startswith("router/")}
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

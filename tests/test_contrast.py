@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 import contrast
 import finetune
+import heldout
 import train
 from chat import packed
 from checkpoint import export, load_model, resolve
 from config import ConfigError, load_config
 from contrast import HEAD, ProjectionHead, figures, infonce, linear, load_head, margin, pool
+from data import micro_batches
 from distributed import World
 from lora import LoraConfig, apply_lora
 from model import GPT, IGNORE, ModelConfig, generate
@@ -201,14 +203,14 @@ def side_by_side(made: list[Tokenised], width: int = 256) -> TripletBatch:
 
 
 def forward(what: finetune.Contrast, made: list[Tokenised]) -> train.StepLoss:
-    (micro,) = train.micro_batches(whole_batch(made), 3 * len(made), ALONE.device)
+    (micro,) = micro_batches(whole_batch(made), 3 * len(made), ALONE.device)
     return what(*micro)
 
 
 def test_p01_one_packed_forward_equals_one_per_stream():
     gpt, made = model().eval(), items(6)
     what = objective(gpt).eval()
-    (micro,) = train.micro_batches(side_by_side(made), 99, ALONE.device)
+    (micro,) = micro_batches(side_by_side(made), 99, ALONE.device)
     together = what(*micro)
     z, here = what(micro.tokens, None, micro.documents, None, micro.extra)
     assert here.all()
@@ -230,7 +232,7 @@ def test_p01_one_packed_forward_equals_one_per_stream():
 
 def test_p01_rows_do_not_influence_each_other():
     what, made = objective().eval(), items(6)
-    (micro,) = train.micro_batches(side_by_side(made), 99, ALONE.device)
+    (micro,) = micro_batches(side_by_side(made), 99, ALONE.device)
     z, _ = what(micro.tokens, None, micro.documents, None, micro.extra)
     document = micro.documents == 0
     document[1:] = False  # the first stream of the first row
@@ -258,7 +260,7 @@ def step(made: list[Tokenised], rows: int, **changes) -> tuple[dict[str, float],
     metrics = train.train_step(
         what,
         Catch(),
-        train.micro_batches(TripletBatches(made, 256, 12, weights=(1.0, 0.5, 1.0))(0), rows, ALONE.device),
+        micro_batches(TripletBatches(made, 256, 12, weights=(1.0, 0.5, 1.0))(0), rows, ALONE.device),
         ALONE,
         clip=1e9,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -289,7 +291,7 @@ def test_the_dropout_of_the_first_look_is_that_of_the_second():
             if "lora_B" in name:
                 parameter.normal_()
     what, seen = objective(gpt), []
-    micros = train.micro_batches(TripletBatches(items(8), 256, 12)(0), 4, ALONE.device)
+    micros = micro_batches(TripletBatches(items(8), 256, 12)(0), 4, ALONE.device)
     torch.manual_seed(5)
     micros = what.across(micros, what)
     for micro in micros:
@@ -305,10 +307,10 @@ def test_the_weight_of_a_stream_is_that_of_its_answer():
         weights = [0.0, 0.0, 0.0]
         weights[stream] = 1.0
         batch = batch_of(made, [[number] for number in range(12)], 128, weights)
-        (micro,) = train.micro_batches(batch, 12, ALONE.device)
+        (micro,) = micro_batches(batch, 12, ALONE.device)
         out = objective()(*micro)
         alone = batch_of(made, [[3 * number + stream] for number in range(4)], 128, (1.0, 1.0, 1.0))
-        (only,) = train.micro_batches(alone, 4, ALONE.device)
+        (only,) = micro_batches(alone, 4, ALONE.device)
         assert out.total.item() == pytest.approx(float(objective()(*only).metrics["loss"]), rel=1e-5)
         assert float(out.metrics["task"]) == pytest.approx(out.total.item())
 
@@ -458,11 +460,11 @@ def test_p05_one_name_is_one_formula_in_training_and_validation(base: Path, rows
         patch.setattr("triplets.straddling", lambda train, val: [])  # which would refuse the same rows on both sides
         trainer = finetune.build_contrast(cfg, ALONE)
     trainer = trainer._replace(model=trainer.model.eval())
-    (micro,) = train.micro_batches(trainer.batches(0), 99, ALONE.device)
+    (micro,) = micro_batches(trainer.batches(0), 99, ALONE.device)
     assert trainer.batches.epoch(1) == 1  # all of them are in one step
     with torch.no_grad():
         out = trainer.objective(*micro)
-    loss = train.evaluate(trainer.model, trainer.windows, trainer.bytes_of, ALONE, nullcontext())
+    loss = heldout.evaluate(trainer.model, trainer.windows, trainer.bytes_of, ALONE, nullcontext())
     result = loss | trainer.exam(trainer)
     assert float(out.metrics["loss"] / out.weight) == pytest.approx(result["loss"], rel=1e-5)
     shared = {name for name in result if name.startswith("contrast/")}
@@ -607,7 +609,7 @@ def test_q04_recomputing_activations_keeps_less_than_half_of_them():
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        (micro,) = train.micro_batches(side_by_side(items(8)), 99, ALONE.device)
+        (micro,) = micro_batches(side_by_side(items(8)), 99, ALONE.device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             objective(gpt)(*micro)
         kept.append(sum(seen.values()))

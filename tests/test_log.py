@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import log
 import train
 from config import Config, load_config
+from data import Batch, micro_batches
 from distributed import World
 from log import MetricLog, Peak, Speed
 from model import flops_per_token
@@ -103,7 +104,7 @@ def test_t13_a_step_asks_the_device_nothing(tmp_path: Path):
     cfg = config().train
     optimizers = train.Optimizers(train.parameter_groups(model, cfg), cfg)
     ids = torch.randint(97, (4, 17))
-    micros = train.micro_batches(train.Batch(ids[:, :-1], ids[:, 1:], None), 2, ALONE.device)
+    micros = micro_batches(Batch(ids[:, :-1], ids[:, 1:], None), 2, ALONE.device)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     objective = train.LanguageModeling(model, {})
     opened = metric_log(tmp_path)

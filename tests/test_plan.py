@@ -76,6 +76,7 @@ from pathlib import Path
 import finetune, plan, train
 from config import FinetuneConfig
 from contrast import ProjectionHead
+from data import micro_batches
 from distributed import World
 from lora import LoraConfig, apply_lora
 from model import GPT, IGNORE, ModelConfig
@@ -96,7 +97,7 @@ def step(hidden, layers, vocab, rows, width, rank):
     targets = torch.where(torch.arange(width) % 10 == 0, tokens, IGNORE)
     batch = TripletBatch(tokens, targets, stream, torch.ones(rows, width), stream, torch.arange(GROUPS))
     for _ in range(2):
-        train.train_step(objective, optimizers, train.micro_batches(batch, rows, ALONE.device), ALONE, clip=1.0,
+        train.train_step(objective, optimizers, micro_batches(batch, rows, ALONE.device), ALONE, clip=1.0,
                          scaler=torch.amp.GradScaler("cpu", enabled=False), autocast=nullcontext())
     estimate = plan.memory_estimate(model, loop, rows, head=head, targets=0.1, isolated=True)
     return sum(estimate.values())

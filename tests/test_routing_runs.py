@@ -20,6 +20,7 @@ from torch import Tensor
 
 import bench
 import finetune
+import heldout
 import infer
 import model as dense
 import plan
@@ -27,7 +28,7 @@ import train
 from checkpoint import CheckpointError, export, is_adapter, load_model
 from checkpoint import main as checkpoint_main
 from config import ConfigError, load_config
-from data import Batch
+from data import Batch, micro_batches
 from distributed import World
 from finetune import with_routers
 from lora import LoraConfig, apply_lora, lora_state
@@ -35,7 +36,7 @@ from model import GPT, IGNORE, ModelConfig
 from routing import RoutingConfig, at_step, build_model, flops_per_token, penalty_weights, routed_by, tokens_used
 from runfolder import verify
 from tokenizer import load_tokenizer
-from train import LanguageModeling, micro_batches
+from train import LanguageModeling
 
 KINDS = ("mod", "dtf", "tdtf")
 OWN = {
@@ -228,7 +229,7 @@ def test_inv_21_a_checkpoint_is_the_model(done: tuple[str, Path]):
     row = [row for row in runs.lines(run / "metrics.jsonl") if row.get("step") == 20 and "val/loss" in row][-1]
     cfg = load_config([str(run / "config.yaml")], "train")
     trainer = train.build(cfg, ALONE)
-    result = train.evaluate(again, trainer.windows, train.token_bytes(trainer.tokenizer), ALONE, train.nullcontext())
+    result = heldout.evaluate(again, trainer.windows, train.token_bytes(trainer.tokenizer), ALONE, train.nullcontext())
     assert result["loss"] == row["val/loss"]
 
 

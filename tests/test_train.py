@@ -20,7 +20,7 @@ from torch import nn
 
 import train
 from config import ConfigError, TrainConfig, load_config
-from data import Batch
+from data import Batch, micro_batches
 from distributed import World
 from lora import LoraConfig, apply_lora, lora_state
 from model import IGNORE, KVCache
@@ -58,7 +58,7 @@ def gradients(rows: int, penalties: dict[str, float] | None = None) -> tuple[flo
     metrics = train.train_step(
         objective,
         Catch(),
-        train.micro_batches(batch(), rows, ALONE.device),
+        micro_batches(batch(), rows, ALONE.device),
         ALONE,
         clip=1e9,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -379,7 +379,7 @@ def test_logits_are_computed_only_where_there_is_a_target(share: float):
     """The slow twin computes all of them and ignores most; loss, gradient and weight are the same."""
     data = batch()
     targets = data.targets.masked_fill(torch.rand(data.targets.shape) >= share, IGNORE)
-    (micro,) = train.micro_batches(Batch(data.tokens, targets, None), 16, ALONE.device)
+    (micro,) = micro_batches(Batch(data.tokens, targets, None), 16, ALONE.device)
     assert (micro.at is None) == (int((targets == IGNORE).sum()) == 0)
     found = []
     for at in (micro.at, None):
