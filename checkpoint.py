@@ -3,6 +3,9 @@
     python checkpoint.py parity SOURCE           compare a source with transformers: logits, greedy text, tokenizer
     python checkpoint.py export SOURCE FOLDER    write a folder that AutoModelForCausalLM and AutoTokenizer load
     python checkpoint.py export ADAPTER FOLDER   the adapter alone, as PEFT loads it; with --merge the whole model
+    python checkpoint.py push FOLDER OWNER/NAME  upload an exported folder to the hub of Hugging Face
+    python checkpoint.py gguf SOURCE FILE.gguf   one file for llama.cpp
+    python checkpoint.py verify RUN              the digest of a checkpoint that is whole
 
 A SOURCE is a Hugging Face folder (one file or sharded), a checkpoint or run folder of this project, or a hub id. Each
 may hold an adapter (PEFT's LoRA) instead of a model; it names its base, which is loaded with it.
@@ -11,11 +14,9 @@ Weights are safetensors; a pickle is read only through torch's `weights_only=Tru
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import sys
@@ -23,7 +24,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,281 +37,26 @@ from torch import Tensor, nn
 import lora
 from config import ConfigError, run_script
 from lora import LoraConfig, LoraError, apply_lora, load_lora, lora_state, merge_lora
-from model import GPT, ModelConfig, RopeScaling, generate
+from model import GPT, ModelConfig
+from published import (
+    OWN_TYPE,
+    CheckpointError,
+    config_from_hf,
+    config_to_hf,
+    from_hf,
+    model_type,
+    routing_from_hf,
+    to_hf,
+)
 from routing import RoutingConfig, build_model, make_routers, routed_layers
-from tokenizer import QWEN2_PATTERN, DataError, Tokenizer, load_tokenizer
+from tokenizer import DataError, Tokenizer, load_tokenizer
 
 READ_BYTES = 2**26  # weights are read in pieces of this size (64 MiB), so that a load needs little more than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
-OWN_TYPE = "nanoqwen"  # model_type of shapes that transformers has no class for, and of models with routers
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 # What we know about an adapter's base beyond its name. A file of its own: PEFT warns about keys that it does not know.
 BASE_RECORD = "base.json"
-
-
-class CheckpointError(Exception):
-    exit_code = 4
-
-
-# --- config.json ------------------------------------------------------------------------------------------------------
-
-# Fields that have the same name and meaning in the config.json of Qwen2, Qwen3 and Llama.
-_SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
-_ARCHITECTURES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
-# What transformers assumes where a config.json is silent, per model type; only what our fields read.
-_HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2": {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
-    "qwen3": {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "head_dim": 128},
-    "llama": {"max_position_embeddings": 2_048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
-}
-
-
-def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """A ModelConfig from the contents of a config.json; a shape that we would compute differently is refused."""
-    kind = hf.get("model_type")
-    try:
-        if kind == OWN_TYPE:
-            return _own_config(hf)
-        if kind == "gpt2":
-            return _config_from_gpt2(hf)
-        if kind in _HF_DEFAULTS:
-            return _config_from_llama_family(kind, {**_HF_DEFAULTS[kind], **hf})
-    except KeyError as error:
-        raise CheckpointError(f"config.json: missing key {error.args[0]!r}") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: {error}") from None
-    known = ", ".join([*_ARCHITECTURES, OWN_TYPE])
-    raise CheckpointError(f"config.json: model_type: expected one of {known}, got {kind!r}")
-
-
-def _own_config(hf: dict[str, Any]) -> ModelConfig:
-    values = {f.name: hf[f.name] for f in fields(ModelConfig)}
-    if values["rope_scaling"]:
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    return ModelConfig(**values)
-
-
-def routing_from_hf(hf: dict[str, Any]) -> RoutingConfig | None:
-    """How the layers of a config.json are routed; None: not at all."""
-    values = hf.get("routing")
-    if values is None:
-        return None
-    _expect(hf, model_type=OWN_TYPE)  # another program would compute all tokens in all layers: another model
-    try:
-        return RoutingConfig(**{**values, "layers": tuple(values["layers"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: routing: {error}") from None
-
-
-def _agreed(folder: Path, cfg: ModelConfig, stored: RoutingConfig | None, wanted: RoutingConfig | None) -> Any:
-    """The routing to build: that of the source, or the one asked for, if the source is dense or of the same kind."""
-    if wanted is None or wanted.kind == "dense":
-        return stored or RoutingConfig()
-    try:
-        here, there = (
-            (r.kind, routed_layers(cfg, r), r.prior_factor, r.beta_mode == "learned", r.normalise)
-            for r in (wanted, stored or wanted)
-        )
-    except ValueError as error:
-        raise ConfigError(f"routing.kind {wanted.kind}: {error}") from None
-    if here != there:
-        names = "(kind, layers, prior_factor, betas learned, normalise)"
-        raise ConfigError(f"routing: {folder} has {names} {there}, got {here}")
-    return wanted
-
-
-def model_type(model: GPT) -> str:
-    return OWN_TYPE if model.routing else hf_model_type(model.cfg)
-
-
-def _expect(hf: dict[str, Any], **expected: Any) -> None:
-    """Refuse settings that would change the arithmetic in ways we do not compute. Absent or null means the default."""
-    for key, value in expected.items():
-        allowed = value if isinstance(value, tuple) else (value,)
-        if hf.get(key) is not None and hf[key] not in allowed:
-            raise CheckpointError(f"config.json: {key}: expected {' or '.join(map(repr, allowed))}, got {hf[key]!r}")
-
-
-def _config_from_llama_family(kind: str, hf: dict[str, Any]) -> ModelConfig:
-    _expect(hf, hidden_act=("silu", "swish"), use_sliding_window=False, partial_rotary_factor=1.0)
-    if set(hf.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise CheckpointError(f"config.json: layer_types: expected full_attention alone, got {hf['layer_types']}")
-    biased = bool(hf.get("attention_bias")) if kind != "qwen2" else False
-    if biased != bool(hf.get("mlp_bias")):
-        raise CheckpointError("config.json: attention_bias and mlp_bias: expected both or neither")
-    theta, scaling = _rope_from_hf(hf)
-    head_dim = hf.get("head_dim")
-    if head_dim and head_dim * hf["num_attention_heads"] == hf["hidden_size"]:
-        head_dim = None  # said twice
-    return ModelConfig(
-        **{name: hf[name] for name in _SHARED_FIELDS if name != "num_key_value_heads"},
-        num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=head_dim,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        bias=biased,
-    )
-
-
-def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """transformers 5 keeps everything under rope_parameters; published files have rope_theta at the top level."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    _expect(rope, partial_rotary_factor=1.0)
-    theta = float(rope.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    if kind == "default":
-        return theta, None
-    names = {f.name for f in fields(RopeScaling)}
-    return theta, RopeScaling(rope_type=kind, **{k: v for k, v in rope.items() if k in names and v is not None})
-
-
-def _config_from_gpt2(hf: dict[str, Any]) -> ModelConfig:
-    _expect(
-        hf,
-        activation_function=("gelu_new", "gelu_pytorch_tanh"),
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False,
-    )
-    return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["n_embd"],
-        intermediate_size=hf.get("n_inner") or 4 * hf["n_embd"],
-        num_hidden_layers=hf["n_layer"],
-        num_attention_heads=hf["n_head"],
-        num_key_value_heads=hf["n_head"],
-        max_position_embeddings=hf["n_positions"],
-        rms_norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tie_word_embeddings=hf.get("tie_word_embeddings", True),
-        norm="layernorm",
-        mlp="gelu",
-        positions="learned",
-        bias=True,
-    )
-
-
-def hf_model_type(cfg: ModelConfig) -> str:
-    """The model type of transformers that computes exactly this shape, or our own where there is none."""
-    style = (cfg.norm, cfg.mlp, cfg.positions)
-    if cfg.j_branch:
-        return OWN_TYPE
-    if style == ("layernorm", "gelu", "learned"):
-        plain_heads = cfg.num_key_value_heads == cfg.num_attention_heads
-        plain_heads = plain_heads and cfg.head_size * cfg.num_attention_heads == cfg.hidden_size
-        return "gpt2" if cfg.bias and plain_heads and not cfg.qk_norm else OWN_TYPE
-    if style != ("rmsnorm", "swiglu", "rope") or (cfg.qkv_bias and (cfg.bias or cfg.qk_norm)):
-        return OWN_TYPE
-    if cfg.qkv_bias:
-        return "qwen2"
-    if cfg.qk_norm:
-        return "qwen3" if not cfg.bias else OWN_TYPE
-    return "llama"
-
-
-def config_to_hf(cfg: ModelConfig, dtype: torch.dtype, routing: RoutingConfig | None = None) -> dict[str, Any]:
-    """The contents of a config.json."""
-    kind = OWN_TYPE if routing else hf_model_type(cfg)
-    name = str(dtype).removeprefix("torch.")
-    if kind == OWN_TYPE:
-        routed = {"routing": asdict(routing)} if routing else {}
-        return {"model_type": kind, "torch_dtype": name, **asdict(cfg), **routed}
-    common = {"architectures": [_ARCHITECTURES[kind]], "model_type": kind, "torch_dtype": name}
-    if kind == "gpt2":
-        return common | {
-            "vocab_size": cfg.vocab_size,
-            "n_embd": cfg.hidden_size,
-            "n_inner": cfg.intermediate_size,
-            "n_layer": cfg.num_hidden_layers,
-            "n_head": cfg.num_attention_heads,
-            "n_positions": cfg.max_position_embeddings,
-            "layer_norm_epsilon": cfg.rms_norm_eps,
-            "tie_word_embeddings": cfg.tie_word_embeddings,
-            "activation_function": "gelu_new",
-        }
-    scaling = {k: v for k, v in asdict(cfg.rope_scaling).items() if v is not None} if cfg.rope_scaling else None
-    hf = common | {name: getattr(cfg, name) for name in _SHARED_FIELDS}
-    hf |= {"head_dim": cfg.head_size, "rope_theta": cfg.rope_theta, "rope_scaling": scaling, "hidden_act": "silu"}
-    if kind == "llama":
-        hf |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
-    return hf
-
-
-# --- parameter names --------------------------------------------------------------------------------------------------
-
-# GPT-2 stores its matrices transposed, q, k and v as one, and under other names; the rest are Qwen2's own names.
-_GPT2_NAMES = {
-    "wte": "model.embed_tokens",
-    "wpe": "model.embed_positions",
-    "ln_f": "model.norm",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-_GPT2_BACK = {ours: theirs for theirs, ours in _GPT2_NAMES.items()}
-_GPT2_TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-# Masks and tables that old files carry as if they were weights.
-_NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias))$")
-
-
-def from_hf(kind: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(our name, our tensor) for one tensor of a published file: one for one, three for GPT-2's joined q, k, v."""
-    if _NOT_WEIGHTS.search(name):
-        return
-    if kind != "gpt2" or name == "lm_head.weight":
-        yield name, tensor
-        return
-    path, _, leaf = name.removeprefix("transformer.").rpartition(".")
-    layer = re.match(r"h\.(\d+)\.", path)
-    inner = path[layer.end() :] if layer else path
-    prefix = f"model.layers.{layer[1]}." if layer else ""
-    if inner in _GPT2_TRANSPOSED and leaf == "weight":
-        tensor = tensor.t()
-    if inner == "attn.c_attn":
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-            yield f"{prefix}self_attn.{letter}_proj.{leaf}", part
-    else:
-        yield f"{prefix}{_GPT2_NAMES.get(inner, inner)}.{leaf}", tensor
-
-
-def to_hf(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the names of a published file; the inverse of `from_hf`."""
-    if kind != "gpt2":
-        return state
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        path, _, leaf = name.rpartition(".")
-        layer = re.match(r"model\.layers\.(\d+)\.", path)
-        inner = path[layer.end() :] if layer else path
-        prefix = f"transformer.h.{layer[1]}." if layer else "transformer."
-        if inner in ("self_attn.k_proj", "self_attn.v_proj"):
-            continue  # joined with q
-        if inner == "self_attn.q_proj":
-            theirs, tensor = "attn.c_attn", torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
-        else:
-            theirs = _GPT2_BACK.get(inner, inner)
-        if theirs in _GPT2_TRANSPOSED and leaf == "weight":
-            tensor = tensor.t()
-        out[name if name == "lm_head.weight" else f"{prefix}{theirs}.{leaf}"] = tensor.contiguous()
-    return out
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -334,7 +80,7 @@ def _resolve(folder: Path) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder}: expected a folder with a config.json or with checkpoints/, or an adapter")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+    if HUB_ID.fullmatch(str(folder)):
         return _download(str(folder))
     raise CheckpointError(f"{folder}: no such folder, and not a hub id (OWNER/NAME)")
 
@@ -380,7 +126,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -512,6 +258,23 @@ def load_model(
     return model.requires_grad_(True).eval(), tokenizer
 
 
+def _agreed(folder: Path, cfg: ModelConfig, stored: RoutingConfig | None, wanted: RoutingConfig | None) -> Any:
+    """The routing to build: that of the source, or the one asked for, if the source is dense or of the same kind."""
+    if wanted is None or wanted.kind == "dense":
+        return stored or RoutingConfig()
+    try:
+        here, there = (
+            (r.kind, routed_layers(cfg, r), r.prior_factor, r.beta_mode == "learned", r.normalise)
+            for r in (wanted, stored or wanted)
+        )
+    except ValueError as error:
+        raise ConfigError(f"routing.kind {wanted.kind}: {error}") from None
+    if here != there:
+        names = "(kind, layers, prior_factor, betas learned, normalise)"
+        raise ConfigError(f"routing: {folder} has {names} {there}, got {here}")
+    return wanted
+
+
 def _read_state(
     folder: Path,
     kind: str,
@@ -525,7 +288,7 @@ def _read_state(
     state: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in fresh.items()}
     seen: set[str] = set()
     unexpected, twice, shapes, tied_head = [], [], [], None
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for stored, empty, read in _tensors(file):
             parts = _parts(kind, stored, empty)
             if stored == "lm_head.weight" and stored not in expected:
@@ -608,7 +371,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     record = _read_json(folder / BASE_RECORD) if (folder / BASE_RECORD).exists() else {}
     if not all(isinstance(record.get(key, ""), str) for key in ("sha256", "folder", "tokenizer_hash")):
         raise CheckpointError(f"{folder / BASE_RECORD}: expected texts, got {record}")
-    if record.get("folder") and not _exists(base) and _exists(folder / record["folder"]):
+    if record.get("folder") and not exists(base) and exists(folder / record["folder"]):
         base = os.path.normpath(folder / record["folder"])  # both were moved together
     tensors = _read_adapter_tensors(folder, cfg)
     tied = hf.get("ensure_weight_tying") is True
@@ -616,7 +379,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(cfg, base, record.get("sha256"), tensors, tied, record.get("tokenizer_hash"), routing)
 
 
-def _exists(path: str | Path) -> bool:
+def exists(path: str | Path) -> bool:
     try:
         return Path(path).exists()
     except OSError:  # a name too long, a folder that is not ours to read
@@ -711,7 +474,7 @@ def hash_weights(source: str | Path) -> str:
     """SHA-256 over the names, types, shapes and bytes of a source's tensors as stored, in whichever files they are."""
     folder = resolve(source)
     _expect_model(folder)
-    readers = {name: read for file in _weight_files(folder) for name, _, read in _tensors(file)}
+    readers = {name: read for file in weight_files(folder) for name, _, read in _tensors(file)}
     total = hashlib.sha256()
     for name in sorted(readers):
         tensor = readers[name](None, torch.device("cpu"))
@@ -752,7 +515,7 @@ def _fill_adapter_folder(
     folder: Path, adapter: Adapter, tokenizer: Tokenizer | None, dtype: torch.dtype | None
 ) -> None:
     base, record = adapter.base, {}
-    if _exists(base):
+    if exists(base):
         where = resolve(base).resolve()
         base, record["folder"] = str(where), os.path.relpath(where, folder.resolve())
     if adapter.base_hash is not None:
@@ -777,10 +540,12 @@ def write_folder(
     folder: Path,
     dtype: torch.dtype | None = None,
     state: dict[str, Tensor] | None = None,
+    shard_bytes: int | None = None,
 ) -> None:
     """Fill an existing folder with everything that transformers needs to load the model.
 
-    state: the weights, where the model's own are spread over several ranks
+    state        the weights, where the model's own are spread over several ranks
+    shard_bytes  of a file of weights at most; None: SHARD_BYTES
     """
     if lora_state(model):
         raise ValueError("the model has adapters: merge_lora first, or write_adapter")
@@ -788,7 +553,7 @@ def write_folder(
     tensors = (model.state_dict() if state is None else state).items()
     state = to_hf(kind, {name: _narrowed(name, t.detach(), dtype).contiguous() for name, t in tensors})
     stored = next(iter(state.values())).dtype
-    _write_weights(state, folder)
+    _write_weights(state, folder, shard_bytes or SHARD_BYTES)
     hf = config_to_hf(model.cfg, stored, model.routing)
     if tokenizer is not None:
         hf |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id, "tokenizer_hash": tokenizer.hash}
@@ -813,11 +578,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
+def _write_weights(state: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
@@ -834,30 +599,59 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def export(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a new folder, all or nothing: it appears under its name when it is complete."""
+def export(
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    shard_bytes: int | None = None,
+    card: str | None = None,
+) -> None:
+    """Write a new folder, all or nothing: it appears under its name when it is complete.
+
+    card: its README.md; None: a note alone, and only where the model needs one
+    """
     with _new_folder(Path(folder)) as unfinished:
-        write_folder(model, tokenizer, unfinished, dtype)
-        if model.routing:
-            note = ROUTED_NOTE.format(layers=", ".join(model.routers), kind=model.routing.kind)
-            (unfinished / "README.md").write_text(note, encoding="utf-8")
+        write_folder(model, tokenizer, unfinished, dtype, shard_bytes=shard_bytes)
+        if card is None and model.routing:
+            card = f"# A model with routed layers\n\n{routed_note(model)}"
+        if card is not None:
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
-ROUTED_NOTE = """\
-# A model with routed layers
+def routed_note(model: GPT) -> str:
+    return (
+        f"Layers {', '.join(model.routers)} compute a share of the tokens (`{model.routing.kind}`; see `routing` in "
+        "`config.json`); a causal router with a stored\nthreshold decides which. No class of transformers does that: "
+        "computing all tokens there would be another model, with\nworse text. `python infer.py --ckpt FOLDER` and "
+        "`load_model` of the program that wrote this folder load it.\n"
+    )
 
-Layers {layers} compute a share of the tokens (`{kind}`; see `routing` in `config.json`); a causal router with a stored
-threshold decides which. No class of transformers does that: computing all tokens there would be another model, with
-worse text. `python infer.py --ckpt FOLDER` and `load_model` of the program that wrote this folder load it.
-"""
 
+def export_adapter(
+    source: str | Path,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    base: str | None = None,
+    describe: Callable[[GPT, Tokenizer | None], str] | None = None,
+) -> None:
+    """Write a new folder with the adapter of a source, which is checked against its base.
 
-def export_adapter(source: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a new folder with the adapter of a source, which is checked against its base."""
+    base      the id on the hub under which others find the base; None: the name that the adapter has for it
+    describe  makes the README.md, given the model with its adapter and the tokenizer
+    """
     adapter = read_adapter(resolve(source))
-    _, tokenizer = load_model(source, merge=False)
+    if base is not None:
+        if not HUB_ID.fullmatch(base) or exists(base):
+            raise ConfigError(f"--base: expected an id on the hub (OWNER/NAME), got {base!r}")
+        adapter = adapter._replace(base=base)
+    model, tokenizer = load_model(source, merge=False)
     with _new_folder(Path(folder)) as unfinished:
         _fill_adapter_folder(unfinished, adapter, tokenizer, dtype)
+        if describe is not None:
+            (unfinished / "README.md").write_text(describe(model, tokenizer), encoding="utf-8")
 
 
 @contextmanager
@@ -881,157 +675,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-# --- parity with transformers -----------------------------------------------------------------------------------------
-
-_LOGIT_TOLERANCE = 1e-4  # of the largest logit, in fp32
-_GREEDY_TOKENS = 64
-
-
-def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
-    """Load a source with transformers and with us, in fp32, and measure how far apart they are."""
-    try:
-        import transformers
-    except ImportError:
-        raise CheckpointError("parity needs transformers: pip install transformers") from None
-    folder = resolve(source)
-    if is_adapter(folder):
-        raise CheckpointError(f"{source}: is an adapter: compare what `checkpoint.py export --merge` makes of it")
-    ours, tokenizer = load_model(folder, device, torch.float32)
-    if model_type(ours) == OWN_TYPE:
-        raise CheckpointError(f"{folder}: transformers has no class for this shape, so there is nothing to compare")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    prompt = torch.randint(ours.cfg.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
-    new_tokens = min(_GREEDY_TOKENS, ours.cfg.max_position_embeddings - prompt.shape[1])
-    with torch.no_grad():
-        reference = theirs(prompt).logits.float()
-        difference = (ours(prompt).logits - reference).abs().max() / reference.abs().max()
-        expected = theirs.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=new_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-            repetition_penalty=1.0,
-        )
-    greedy = torch.tensor(generate(ours, prompt.tolist(), temperature=0.0, max_new_tokens=new_tokens))
-    tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
-    result = {
-        "logit_difference": float(difference),
-        "greedy_agreement": float((greedy == expected.cpu())[:, prompt.shape[1] :].float().mean()),
-        "greedy_tokens": new_tokens,
-        "tokenizer_agreement": _tokenizer_agreement(transformers, folder, tokenizer),
-        "tied_head": [ours.cfg.tie_word_embeddings, tied],
-        "parameters": [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)],
-    }
-    result["equal"] = (
-        result["logit_difference"] <= _LOGIT_TOLERANCE
-        and result["greedy_agreement"] == 1.0
-        and result["tokenizer_agreement"] in (1.0, None)
-        and ours.cfg.tie_word_embeddings == tied
-        and len(set(result["parameters"])) == 1
-    )
-    return result
-
-
-def _tokenizer_agreement(transformers: Any, folder: Path, tokenizer: Tokenizer | None) -> float | None:
-    """Share of 1,000 random texts that both tokenizers turn into the same ids; None without a tokenizer."""
-    if tokenizer is None:
-        return None
-    reference = transformers.AutoTokenizer.from_pretrained(folder)
-    letters = "abcdeABC 0123  \n\t.,'!?_-()äöüßéñçøžπλЖяעبहि中文日本語한국🙂👩‍🚀"
-    draw = random.Random(0)
-    texts = ["".join(draw.choices(letters, k=draw.randrange(1, 80))) for _ in range(1000)]
-    equal = [tokenizer.encode(text) == reference.encode(text, add_special_tokens=False) for text in texts]
-    return sum(equal) / len(equal)
-
-
-def _print_parity(source: str, result: dict[str, Any]) -> None:
-    tokenizer = result["tokenizer_agreement"]
-    rows = (
-        ("largest logit difference / largest logit", f"{result['logit_difference']:.2e}"),
-        (f"greedy agreement over {result['greedy_tokens']} tokens", f"{result['greedy_agreement']:.1%}"),
-        ("tokenizer agreement on 1,000 texts", "no tokenizer" if tokenizer is None else f"{tokenizer:.1%}"),
-        ("tied head (ours, transformers)", "{}, {}".format(*result["tied_head"])),
-        ("parameters (ours, transformers)", "{:,}, {:,}".format(*result["parameters"])),
-        ("verdict", "equal" if result["equal"] else "DIFFERENT"),
-    )
-    print(f"parity of {source} with transformers, fp32")
-    for name, value in rows:
-        print(f"  {name:42} {value}")
-    print(json.dumps({"source": str(source), **result}))
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
-def _devices() -> list[str]:
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return [name for name, there in present.items() if there]
-
-
-def _autotokenizer_note(model: GPT, tokenizer: Tokenizer | None) -> str:
-    """transformers 5 gives every folder of model_type qwen2 Qwen2's own split pattern and normaliser."""
-    if tokenizer is None or model_type(model) != "qwen2":
-        return ""
-    if tokenizer.nfc and tokenizer.pattern == QWEN2_PATTERN:
-        return ""
-    return (
-        "\nnote: AutoTokenizer takes Qwen2's split pattern for this model_type, which is not this tokenizer's; "
-        "PreTrainedTokenizerFast.from_pretrained reads it as it is"
-    )
-
-
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python checkpoint.py", description="Weights in, weights out.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    compare = commands.add_parser("parity", help="compare a source with transformers; exit 1 if they differ")
-    write = commands.add_parser("export", help="write a folder that transformers loads unchanged")
-    whole = commands.add_parser("verify", help="print the digest of a checkpoint, or of a run's newest, if it is whole")
-    whole.add_argument("source", help="checkpoint or run folder")
-    for command in (compare, write):
-        command.add_argument("source", help="Hugging Face folder, checkpoint, run folder or hub id")
-    compare.add_argument("--device", default="cpu", choices=_devices(), help="default: cpu")
-    write.add_argument("folder", help="a new folder")
-    write.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    write.add_argument("--merge", action="store_true", help="an adapter: write the model that it makes of its base")
-    write.add_argument("--hf", action="store_true", help="an error unless transformers has a class for the model")
-    args = parser.parse_args(argv)
-    if args.command == "verify":
-        from runfolder import verify  # the one look upwards: there a run's checkpoints are kept
+    from share import main as sharing  # the one look upwards: a command may read a run folder, or ask the hub
 
-        print(verify(Path(args.source)))
-        return 0
-    if args.command == "parity":
-        result = parity(args.source, args.device)
-        _print_parity(args.source, result)
-        return 0 if result["equal"] else 1
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    print(_export_command(args.source, args.folder, dtype, args.merge, args.hf))
-    return 0
-
-
-def _export_command(source: str, folder: str, dtype: torch.dtype | None, merge: bool, hf: bool = False) -> str:
-    """Write what is asked for; returns what to tell the person."""
-    adapted = is_adapter(resolve(source))
-    if merge and not adapted:
-        raise ConfigError(f"--merge: expected an adapter as the source, {source} is a whole model")
-    if adapted and not merge:
-        export_adapter(source, folder, dtype)
-        return f"wrote {folder}: PeftModel.from_pretrained(base, {folder!r}) loads it"
-    model, tokenizer = load_model(source)
-    own = model_type(model) == OWN_TYPE
-    if hf and own:
-        reason = "transformers has no class for this shape"
-        if model.routing:
-            reason = f"its {len(model.routers)} routed layers would compute all tokens there, which is another model"
-        raise ConfigError(f"--hf: {source} cannot be a Hugging Face model: {reason}")
-    export(model, tokenizer, folder, dtype)
-    loads = f"AutoModelForCausalLM.from_pretrained({folder!r}) loads it"
-    if own:
-        loads = "transformers has no class for this shape; load_model loads it"
-    return f"wrote {folder}: {loads}{_autotokenizer_note(model, tokenizer)}"
+    return sharing(argv)
 
 
 if __name__ == "__main__":

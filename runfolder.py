@@ -70,13 +70,13 @@ def warn_on_stderr(text: str) -> None:
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
     """Hold a run folder, which is made if need be; the system lets go of it when the process ends, however it ends."""
-    with _disk_errors(run):
+    with disk_errors(run):
         _make_folder(run)
         held = [os.open(run / ".lock", os.O_RDWR | os.O_CREAT, FILE_MODE)]
     # A forked worker would hold the lock as well, and could outlive us.
     os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
     try:
-        with _disk_errors(run):
+        with disk_errors(run):
             try:
                 fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -110,7 +110,7 @@ def save(
     parent = run / "checkpoints"
     unfinished = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
     tensors = [*optimizer.values(), *(model.state_dict().values() if isinstance(model, nn.Module) else ())]
-    with _disk_errors(parent, sum(tensor.nbytes for tensor in tensors)):
+    with disk_errors(parent, sum(tensor.nbytes for tensor in tensors)):
         try:
             _make_folder(unfinished)
             if isinstance(model, nn.Module):
@@ -244,7 +244,7 @@ def _delete(path: Path) -> None:
 
 def clear(run: Path) -> None:
     """Make room for a new run in the folder of an old one: its checkpoints, metrics and samples go."""
-    with _disk_errors(run):
+    with disk_errors(run):
         if (run / "checkpoints").exists():
             _delete(run / "checkpoints")
         for name in ("metrics.jsonl", "samples.jsonl", "wandb-id"):
@@ -456,7 +456,7 @@ def check_disk(run: Path, bytes_needed: int, keep: int) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
+def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
     """What the disk refuses, as one line; libraries turn a full disk into exceptions of their own kinds."""
     try:
         yield
@@ -475,7 +475,7 @@ def _disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
 def write_atomic(path: Path, data: bytes) -> None:
     """The old contents or the new ones, whatever happens in between."""
     unfinished = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-    with _disk_errors(path, len(data)):
+    with disk_errors(path, len(data)):
         try:
             _write(unfinished, data)
             os.rename(unfinished, path)

@@ -85,7 +85,7 @@ class Tokenizer:
         if len(self._bytes) != len(self.ranks) + len(self.special):
             raise DataError(f'tokenizer "{name}": two tokens have the same id')
         self.n_vocab = max(self._bytes) + 1
-        self._skipped = frozenset(self.special.values()) - visible
+        self.hidden = frozenset(self.special.values()) - visible  # ids of control tokens, which decoding may leave out
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special_cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._files = files
@@ -152,7 +152,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """The bytes of each token. An id without a token (a model's padded vocabulary) is U+FFFD."""
-        skipped = self._skipped if skip_special else frozenset()
+        skipped = self.hidden if skip_special else frozenset()
         return b"".join(self._bytes.get(i, UNKNOWN) for i in map(int, ids) if i not in skipped)
 
     def save(self, folder: str | Path) -> None:

@@ -27,8 +27,12 @@ IMPORTS = {
     "contrast": set(),
     "triplets": {"chat", "corpus", "data", "tasks", "tokenizer"},
     "config": {"model", "routing", "lora", "corpus", "chat", "tasks", "triplets"},
-    "checkpoint": {"config", "lora", "model", "routing", "tokenizer"},
+    "published": {"model", "routing"},
+    "checkpoint": {"config", "lora", "model", "published", "routing", "tokenizer"},
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
+    "parity": {"checkpoint", "model", "published", "tokenizer"},
+    "gguf_export": {"checkpoint", "model", "published", "tokenizer"},
+    "share": {"checkpoint", "config", "gguf_export", "model", "parity", "published", "runfolder", "tokenizer"},
     "injection": {"chat", "contrast", "model", "tokenizer", "triplets"},
     "eval": {
         "chat",
@@ -97,8 +101,18 @@ IMPORTS = {
     },
 }
 # A file may read the configuration when it is itself the program.
-AS_PROGRAM = {("data", "config"), ("data", "triplets"), ("chat", "config"), ("checkpoint", "runfolder")}
-OPTIONAL = {"datasets", "wandb", "lm_eval", "matplotlib", "transformers", "huggingface_hub", "pyarrow", "zstandard"}
+AS_PROGRAM = {("data", "config"), ("data", "triplets"), ("chat", "config"), ("checkpoint", "share")}
+OPTIONAL = {
+    "datasets",
+    "wandb",
+    "lm_eval",
+    "matplotlib",
+    "transformers",
+    "huggingface_hub",
+    "gguf",
+    "pyarrow",
+    "zstandard",
+}
 
 
 def tree(module: str) -> ast.Module:

@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 
 import checkpoint
+import parity
+import published
 from checkpoint import CheckpointError, export, load_model
 from model import IGNORE, generate, rope_tables
 
@@ -103,8 +105,8 @@ def test_logits_and_gradients_are_those_of_transformers(kind: str, folders: dict
     out = ours(IDS, targets)
     (out.loss / out.weight).backward()
     assert torch.allclose(out.loss / out.weight, loss, rtol=1e-5)
-    kind_hf = checkpoint.hf_model_type(ours.cfg)
-    ours_grads = checkpoint.to_hf(kind_hf, {name: p.grad for name, p in ours.named_parameters()})
+    kind_hf = published.hf_model_type(ours.cfg)
+    ours_grads = published.to_hf(kind_hf, {name: p.grad for name, p in ours.named_parameters()})
     for name, p in reference.named_parameters():
         difference = (ours_grads[name] - p.grad).abs().max()
         assert difference <= 1e-4 * p.grad.abs().max() + 1e-9, name
@@ -283,7 +285,7 @@ def test_files_of_mixed_precision_are_made_alike(folders: dict[str, Path], tmp_p
 )  # fmt: skip
 def test_nonsense_in_a_config_json_is_one_line(change: dict):
     with pytest.raises(CheckpointError) as refusal:
-        checkpoint.config_from_hf({"model_type": "qwen2", **SHAPE, **change})
+        published.config_from_hf({"model_type": "qwen2", **SHAPE, **change})
     assert "\n" not in str(refusal.value)
 
 
@@ -317,20 +319,20 @@ def test_a_tied_head_that_is_stored_too_must_be_the_embedding(folders: dict[str,
 def test_shapes_that_we_would_compute_differently_are_refused(kind, change, said, folders, tmp_path: Path):
     hf = json.loads((folders[kind] / "config.json").read_text()) | change
     with pytest.raises(CheckpointError, match=said) as refusal:
-        checkpoint.config_from_hf(hf)
+        published.config_from_hf(hf)
     assert "\n" not in str(refusal.value)
 
 
 def test_published_files_keep_rope_theta_at_the_top_level():
     """transformers 5 writes rope_parameters; the files of Qwen2.5 and Llama 3 have rope_theta and rope_scaling."""
     hf = {"model_type": "qwen2", **SHAPE, "rope_theta": 123_456.0}
-    assert checkpoint.config_from_hf(hf).rope_theta == 123_456.0
+    assert published.config_from_hf(hf).rope_theta == 123_456.0
     hf["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    assert checkpoint.config_from_hf(hf).rope_scaling == tiny.YARN
-    assert checkpoint.config_from_hf(hf).context == 64
+    assert published.config_from_hf(hf).rope_scaling == tiny.YARN
+    assert published.config_from_hf(hf).context == 64
     hf = {"model_type": "qwen2", **SHAPE, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}
-    assert checkpoint.config_from_hf(hf).rope_theta == 5.0
-    assert checkpoint.config_from_hf(hf).rope_scaling is None
+    assert published.config_from_hf(hf).rope_theta == 5.0
+    assert published.config_from_hf(hf).rope_scaling is None
 
 
 @pytest.mark.parametrize("name", list(tiny.ARCHITECTURES))
@@ -474,7 +476,7 @@ def test_parity_says_when_they_differ(folders: dict[str, Path], monkeypatch: pyt
             ours.model.layers[1].input_layernorm.weight.mul_(1.01)
         return ours, tokenizer
 
-    monkeypatch.setattr(checkpoint, "load_model", wrong)
+    monkeypatch.setattr(parity, "load_model", wrong)
     assert checkpoint.main(["parity", str(folders["llama"])]) == 1
 
 
@@ -495,7 +497,7 @@ def test_the_full_shape_of_qwen2_5_0_5b(tmp_path: Path):
     reference = t.Qwen2ForCausalLM(t.Qwen2Config(**shape, rope_theta=1e6, tie_word_embeddings=True)).bfloat16()
     reference.save_pretrained(tmp_path / "published")
     del reference
-    result = checkpoint.parity(tmp_path / "published")
+    result = parity.parity(tmp_path / "published")
     assert result["parameters"] == [494_032_768, 494_032_768]
     assert result["logit_difference"] <= 1e-5
     assert result["greedy_agreement"] == 1.0

@@ -1,0 +1,619 @@
+"""Sharing a model: the card that says what it is and how it came to be, the upload to a hub, and the commands.
+
+    python checkpoint.py export SOURCE FOLDER    the folder gets a README.md, which a hub shows as the model's card
+    python checkpoint.py push FOLDER OWNER/NAME  what is complete is uploaded in one commit; --dry_run only tells what
+
+A card has what the run folder knows: data, command, figures, lineage. Text from there stays text, whatever it spells;
+secrets and the user's folders are left out. The token of the hub comes from HF_TOKEN or `hf auth login`, never from an
+option, and is written nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_RECORD,
+    HUB_ID,
+    Adapter,
+    exists,
+    export,
+    export_adapter,
+    is_adapter,
+    load_model,
+    read_adapter,
+    resolve,
+    routed_note,
+    weight_files,
+)
+from config import ConfigError, one_line
+from gguf_export import write_gguf
+from model import GPT
+from parity import parity, show_parity
+from published import OWN_TYPE, CheckpointError, model_type
+from runfolder import SECRET_TEXT, disk_errors, verify
+from tokenizer import QWEN2_PATTERN, Tokenizer
+
+# --- what a run folder knows ------------------------------------------------------------------------------------------
+
+
+class Origin(NamedTuple):
+    """What a run folder tells of one of its checkpoints. Empty where the weights come from elsewhere."""
+
+    state: dict[str, Any]  # state.json of the checkpoint
+    source: dict[str, Any]  # source.json: code and command
+    rows: list[dict[str, Any]]  # metrics.jsonl
+    reports: dict[str, dict[str, Any]]  # what eval.py has left beside them, by the name of the file
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.state.get("config") or {}
+
+    @property
+    def base(self) -> str | None:
+        """What the run started from, as it was named then."""
+        return (self.config.get("finetune") or {}).get("base_ckpt")
+
+    @property
+    def data(self) -> list[str]:
+        """Sources of what was trained on."""
+        objective = (self.config.get("finetune") or {}).get("objective")
+        section = ("contrast" if objective == "contrast" else "chat") if self.base else "data"
+        return list((self.config.get(section) or {}).get("train") or [])
+
+    @property
+    def loop(self) -> dict[str, Any]:
+        return self.config.get("finetune" if self.base else "train") or {}
+
+
+def origin_of(folder: Path) -> Origin:
+    folder = folder.resolve()
+    if folder.parent.name != "checkpoints":
+        return Origin({}, {}, [], {})
+    run = folder.parents[1]
+    files = [file for file in sorted(run.glob("*.json")) if file.name not in ("source.json", "status.json")]
+    reports = {file.name: found for file in files if (found := _object(file))}
+    return Origin(_object(folder / "state.json"), _object(run / "source.json"), _rows(run / "metrics.jsonl"), reports)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The contents of a JSON file; nothing where it is none: a card says what is legible."""
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            found.append(row)
+    return found
+
+
+# --- text from elsewhere ----------------------------------------------------------------------------------------------
+
+# An absolute path, up to what ends it in an option or a list; blanks are a part of it.
+_PATH = re.compile(r"""(?<![\w.:/\\~-])(?:file:/{2,3})?(?:~\w*|[A-Za-z]:)?[/\\][^"'\[\],;=|]*[^"'\[\],;=|/\\]""")
+_OF_A_PERSON = re.compile(r"""([/\\](?:home|Users)[/\\])[^/\\"'\[\],;=|]+(?=[/\\"'\[\],;=|]|$)""")
+_QUERY = re.compile(r"(\w://[^\s?#]+)[?#]\S*")  # of an address; keys hide there
+
+
+def public(text: str) -> str:
+    """Text without secrets, and with nothing of an absolute path but its last part."""
+    text = SECRET_TEXT.sub("***", _QUERY.sub(r"\1", text))
+    text = _OF_A_PERSON.sub(r"\1~", text.replace(str(Path.home()), "/home/~"))
+    return _PATH.sub(lambda path: "…/" + re.split(r"[/\\]", path[0])[-1], text)
+
+
+def code(text: object) -> str:
+    """Text in a code span, where no markdown, HTML or YAML in it acts."""
+    line = one_line(public(str(text))).replace("|", "¦")  # which would end a cell of a table
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line or not line.strip() else f"`{line}`"
+
+
+def _block(text: str, language: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}\n"
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def card(
+    name: str,
+    source: str | Path,
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None = None,
+    adapter: Adapter | None = None,
+    apart: bool = False,
+) -> str:
+    """The README.md of an exported folder.
+
+    adapter  of the source, if it has one; `apart`: the folder holds the adapter alone
+    """
+    folder = resolve(source)
+    origin, parents = origin_of(folder), list(_ancestors(folder, adapter))
+    hub_ids = [parent for parent in [str(source), *parents] if _on_hub(parent)]
+    sections = [
+        f"---\n{_front_matter(name, model, origin, next(iter(hub_ids), None), apart)}---",
+        f"# {code(name)}",
+        _what(model, adapter if apart else None, dtype),
+        "## Use",
+        _block(snippet(model, tokenizer, chat=bool(origin.base), apart=apart), "python").rstrip("\n"),
+        *_notes(model, tokenizer, adapter if apart else None),
+        "## Training",
+        _training(origin, tokenizer),
+        *_figures(origin),
+        "## Lineage",
+        _lineage(folder, origin, adapter, parents),
+    ]
+    return SECRET_TEXT.sub("***", "\n\n".join(section.strip("\n") for section in sections if section)) + "\n"
+
+
+def _front_matter(name: str, model: GPT, origin: Origin, base: str | None, apart: bool) -> str:
+    kind = model_type(model)
+    tags = [OWN_TYPE, kind, *([model.routing.kind] if model.routing else [])]
+    tags += ["lora"] * apart + ["conversational"] * bool(origin.base)
+    known = {
+        "library_name": OWN_TYPE if kind == OWN_TYPE else "peft" if apart else "transformers",
+        "pipeline_tag": "text-generation",
+        "model_name": one_line(public(name)),
+        **({"base_model": base} if base else {}),
+        "tags": list(dict.fromkeys(tags)),
+    }
+    return yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=2**20)
+
+
+def _what(model: GPT, adapter: Adapter | None, dtype: torch.dtype | None) -> str:
+    cfg = model.cfg
+    stored = str(dtype or model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    size = sum(p.numel() for p in model.parameters())
+    shape = f"{cfg.num_hidden_layers} layers of width {cfg.hidden_size}, context of {cfg.context:,} tokens"
+    if adapter is None:
+        return f"A language model of type {model_type(model)}: {size:,} parameters in {stored}, {shape}."
+    own = sum(tensor.numel() for tensor in adapter.tensors.values())
+    what = f"An adapter (LoRA of rank {adapter.config.rank}) of {own:,} parameters for a language model of type"
+    return f"{what} {model_type(model)}: {shape}. Without its base it is nothing."
+
+
+_LOAD = """\
+source = "."  # this folder, or its id on a hub
+tokenizer = {reader}.from_pretrained(source)
+model = {loader}.from_pretrained(source)
+"""
+_CONTINUE = """\
+inputs = tokenizer("def ", return_tensors="pt", return_token_type_ids=False)
+ids = model.generate(**inputs, max_new_tokens=40)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
+_CHAT = """\
+messages = [{"role": "user", "content": "What is a list?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=40)
+print(tokenizer.decode(ids[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+_WITHOUT_TOKENIZER = """\
+model = {loader}.from_pretrained(".")  # this folder, or its id on a hub
+print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=40))"""
+_OWN = """\
+from checkpoint import load_model  # of the program that wrote this folder
+from model import generate
+
+model, tokenizer = load_model(".")
+ids = generate(model, [{prompt}], max_new_tokens=40, temperature=0.0)[0]
+print({shown})"""
+
+
+def snippet(model: GPT, tokenizer: Tokenizer | None, *, chat: bool, apart: bool) -> str:
+    """Python that loads the folder it lies in, and uses it. Of an adapter alone, peft loads the base that it names."""
+    if model_type(model) == OWN_TYPE:
+        prompt, shown = ('tokenizer.encode("def ")', "tokenizer.decode(ids)") if tokenizer else ("[1, 2, 3]", "ids")
+        return _OWN.format(prompt=prompt, shown=shown)
+    package, loader = ("peft", "AutoPeftModelForCausalLM") if apart else ("transformers", "AutoModelForCausalLM")
+    if tokenizer is None:
+        return f"import torch\nfrom {package} import {loader}\n\n{_WITHOUT_TOKENIZER.format(loader=loader)}"
+    reader = "AutoTokenizer" if _auto_reads(model, tokenizer) else "PreTrainedTokenizerFast"
+    imports = f"from {package} import {loader}\nfrom transformers import {reader}"
+    use = _CHAT if chat and tokenizer.chat_template else _CONTINUE
+    return f"{imports}\n\n{_LOAD.format(reader=reader, loader=loader)}\n{use}"
+
+
+def _auto_reads(model: GPT, tokenizer: Tokenizer) -> bool:
+    """transformers 5 gives every folder of model_type qwen2 Qwen2's own split pattern and normaliser."""
+    return model_type(model) != "qwen2" or (tokenizer.nfc and tokenizer.pattern == QWEN2_PATTERN)
+
+
+AUTOTOKENIZER_NOTE = (
+    "note: AutoTokenizer takes Qwen2's split pattern for this model_type, which is not this tokenizer's; "
+    "PreTrainedTokenizerFast.from_pretrained reads it as it is"
+)
+
+
+def _notes(model: GPT, tokenizer: Tokenizer | None, adapter: Adapter | None) -> Iterator[str]:
+    if model.routing:
+        yield routed_note(model)
+    elif model_type(model) == OWN_TYPE:
+        yield "No class of transformers computes this shape."
+    elif tokenizer is not None and not _auto_reads(model, tokenizer):
+        yield AUTOTOKENIZER_NOTE.removeprefix("note: ") + "."
+    if adapter is not None and not _on_hub(adapter.base):
+        yield (
+            f"`{ADAPTER_CONFIG}` names its base, {code(adapter.base)}, by the folder in which it lay. "
+            "`checkpoint.py export --base OWNER/NAME` puts an id on a hub there."
+        )
+
+
+def _training(origin: Origin, tokenizer: Tokenizer | None) -> str:
+    lines = [f"- data: {', '.join(map(code, origin.data))}"] if origin.data else []
+    step, loop = origin.state.get("step"), origin.loop
+    targets = sum(row["targets"] for row in origin.rows if "targets" in row and row["step"] <= (step or 0))
+    if targets:
+        cut = f"{loop.get('batch_tokens', 0):,} positions a step in rows of {loop.get('seq_len', 0):,}"
+        lines.append(f"- trained on {targets:,} tokens in {step:,} steps, {cut}")
+    if tokenizer is not None:
+        named = None if origin.base else (origin.config.get("data") or {}).get("tokenizer")
+        known = f"{tokenizer.n_vocab:,} tokens, hash `{tokenizer.hash[:16]}`"
+        lines.append(f"- tokenizer: {f'{code(named)}, ' if named else ''}{known}")
+    words = origin.source.get("command")
+    if isinstance(words, list) and words:
+        shown = [Path(str(words[0])).name, *(one_line(public(str(word))) for word in words[1:])]
+        lines.append("- command:\n\n" + _block("python " + shlex.join(shown), "sh"))
+    return "\n".join(lines) or "Not recorded in the folder that this was made from."
+
+
+def _figures(origin: Origin) -> Iterator[str]:
+    evaluations = {row["step"]: row for row in origin.rows if _number(row.get("val/loss"))}
+    if evaluations:
+        best = min(evaluations.values(), key=lambda row: row["val/loss"])["step"]
+        named = {
+            "these weights": origin.state.get("step"),
+            "lowest val/loss": best,
+            "last of the run": max(evaluations),
+        }
+        lines = ["| evaluation | step | val/loss | bits per byte |", "| --- | --- | --- | --- |"]
+        for label, step in named.items():
+            if row := evaluations.get(step):
+                bits = row.get("val/bits_per_byte")
+                shown = f"{bits:.4f}" if _number(bits) else ""
+                lines.append(f"| {label} | {step:,} | {row['val/loss']:.4f} | {shown} |")
+        yield "## Figures"
+        yield "Loss in nats a token, on validation text.\n\n" + "\n".join(lines)
+    for name, report in origin.reports.items():
+        figures = list(_leaves(report.get("scores") or report.get("results") or report))
+        if figures:
+            rows = [f"| {code(label)} | {value:.4g} |" for label, value in figures[:FIGURES_SHOWN]]
+            of = f" of {code(Path(str(report['model'])).name)}" if report.get("model") else ""
+            more = f"\n\n{len(figures) - FIGURES_SHOWN} more in the file." if len(figures) > FIGURES_SHOWN else ""
+            yield f"From {code(name)}{of}:\n\n| figure | value |\n| --- | --- |\n" + "\n".join(rows) + more
+
+
+FIGURES_SHOWN = 40  # of a report
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """(name, number) of a report: shares by their value, groups of rows by all of them; lists are left out."""
+    if _number(value):
+        yield name, value
+    elif isinstance(value, dict) and _number(value.get("value")):
+        yield name, value["value"]
+    elif isinstance(value, dict):
+        parts = {"all rows": value["all rows"]} if "all rows" in value else value
+        for key, part in parts.items():
+            yield from _leaves(part, f"{name}, {key}" if name else str(key))
+
+
+# --- lineage ----------------------------------------------------------------------------------------------------------
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name can only be an id on a hub. A run that has gone away since is none."""
+    return bool(HUB_ID.fullmatch(name)) and not exists(name) and not name.startswith("runs/")
+
+
+def _ancestors(folder: Path, adapter: Adapter | None) -> Iterator[str]:
+    """The bases of a folder, the nearest first, as far as they are here to be asked."""
+    seen: set[str] = set()
+    base = adapter.base if adapter else origin_of(folder).base
+    while base and base not in seen:
+        seen.add(base)
+        yield base
+        try:
+            folder = resolve(base) if exists(base) else None
+            adapter = read_adapter(folder) if folder and is_adapter(folder) else None
+        except CheckpointError:
+            return
+        base = folder and (adapter.base if adapter else origin_of(folder).base)
+
+
+def _lineage(folder: Path, origin: Origin, adapter: Adapter | None, parents: list[str]) -> str:
+    lines = []
+    if origin.state:
+        run = code(folder.resolve().parents[1].name)
+        lines.append(f"- weights: run {run}, step {origin.state.get('step', 0):,}{_file_hash(folder, adapter)}")
+    if commit := origin.source.get("commit"):
+        changed = " with local changes" if origin.source.get("changes") else ""
+        lines.append(f"- code: commit {code(commit)}{changed}")
+    versions = origin.source.get("versions") or {}
+    if isinstance(versions, dict) and versions:
+        lines.append("- versions: " + code(", ".join(f"{name} {v}" for name, v in versions.items() if v)))
+    for number, base in enumerate(parents):
+        known = f", weights `{adapter.base_hash}`" if adapter and adapter.base_hash and not number else ""
+        lines.append(f"- {'base' if not number else 'made from'}: {code(_run_name(base))}{known}")
+    return "\n".join(lines) or "Not recorded in the folder that this was made from."
+
+
+def _file_hash(folder: Path, adapter: Adapter | None) -> str:
+    files = _object(folder / "manifest.json").get("files") or {}
+    found = (files.get(ADAPTER_WEIGHTS if adapter else "model.safetensors") or {}).get("sha256")
+    return f", file `{found}`" if found else ""
+
+
+def _run_name(base: str) -> str:
+    """RUN/step-N for a checkpoint of a run: of a path the last part alone would not tell much."""
+    path = Path(base)
+    if path.parent.name == "checkpoints":
+        return f"{path.parents[1].name}/{path.name}"
+    return base
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+# What an exported folder consists of. Anything else beside it stays here.
+SHARED = re.compile(
+    r"(generation_|tokenizer_|adapter_)?config\.json|tokenizer\.json|special_tokens_map\.json|chat_template\.jinja"
+    r"|(adapter_)?model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
+    rf"|{re.escape(BASE_RECORD)}|README\.md|LICENSE(\.\w+)?|[\w.-]+\.gguf"
+)
+_WEIGHTS = re.compile(r"(adapter_)?(model|pytorch_model)\b.*\.(safetensors|bin|json)")  # stale ones would be loaded
+_TRAINER = ("optimizer.safetensors", "state.json", "manifest.json")
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+
+
+class Parcel(NamedTuple):
+    """What goes to the hub, and what of the folder stays."""
+
+    files: list[Path]
+    left_out: list[str]
+
+    def __str__(self) -> str:
+        rows = [f"  {file.stat().st_size:>15,}  {file.name}" for file in self.files]
+        total = f"  {sum(file.stat().st_size for file in self.files):>15,}  bytes in {len(self.files)} files"
+        return "\n".join([*rows, total, *(f"  left out: {name}" for name in self.left_out)])
+
+
+def parcel(folder: Path) -> Parcel:
+    """The files of an exported folder that is complete; a CheckpointError says why another is not shared."""
+    export_first = f"`python checkpoint.py export {shlex.quote(str(folder))} NEW_FOLDER` writes what can be shared"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected an exported folder, got none")
+    if (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"{folder}: is a run: {export_first}")
+    names = sorted(path.name for path in folder.iterdir())
+    if found := [name for name in names if name in _TRAINER]:
+        raise CheckpointError(f"{folder}: is a checkpoint with the state of its trainer ({found[0]}): {export_first}")
+    if found := [name for name in names if Path(name).suffix in _PICKLES]:
+        raise CheckpointError(f"{folder}: {found[0]} is a pickle, which can hold code: {export_first}")
+    if found := [name for name in names if name.startswith((".tmp-", ".del-"))]:
+        raise CheckpointError(f"{folder}: {found[0]} is half of something: {export_first}")
+    if is_adapter(folder):
+        base = read_adapter(folder).base
+        if not _on_hub(base):
+            named = f"--base OWNER/NAME with its id on the hub, or --merge: {export_first}"
+            raise CheckpointError(
+                f"{folder}: an adapter of a base in a folder of this machine is of no use there: {named}"
+            )
+        weights = {ADAPTER_WEIGHTS}
+    else:
+        load_model(folder)  # all of it is there, is readable and fits together
+        weights = {file.name for file in weight_files(folder)}
+    unused = {name for name in names if name.endswith(".safetensors")} - weights
+    wanted = [name for name in names if SHARED.fullmatch(name) and name not in unused and (folder / name).is_file()]
+    _refuse_secrets(folder, wanted)
+    return Parcel([folder / name for name in wanted], [name for name in names if name not in wanted])
+
+
+def _refuse_secrets(folder: Path, names: list[str]) -> None:
+    texts = [name for name in names if name.endswith((".json", ".md", ".jinja"))]
+    for name in set(texts) - {"tokenizer.json", "model.safetensors.index.json"}:  # any text may stand in a vocabulary
+        if found := SECRET_TEXT.search((folder / name).read_text(encoding="utf-8", errors="replace")):
+            raise CheckpointError(f"{folder / name}: looks as if it held a secret: {found[0][:4]}...")
+
+
+def push(
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Upload an exported folder in one commit; returns the address of the commit.
+
+    The repository, and the branch `revision`, are made where they are missing. Weights of an earlier upload that the
+    folder does not have are deleted: a stale model.safetensors would be loaded before newer pieces.
+    """
+    _check_repository(repository)
+    files = parcel(Path(folder)).files
+    try:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    except ImportError:
+        raise CheckpointError("push needs huggingface_hub: pip install huggingface_hub") from None
+    if get_token() is None:
+        raise ConfigError("push: expected a token of the hub, got none: `hf auth login`, or set HF_TOKEN")
+    api = HfApi(library_name=OWN_TYPE)
+    try:
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise ConfigError(f"{repository}: --private: is there already, and public: make it private in its settings")
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        there = {entry.rfilename for entry in api.model_info(repository, revision=revision).siblings or ()}
+        stale = sorted(name for name in there - {file.name for file in files} if _WEIGHTS.fullmatch(name))
+        operations = [CommitOperationAdd(file.name, file) for file in files] + [CommitOperationDelete(n) for n in stale]
+        done = api.create_commit(
+            repository, operations, commit_message=message or "Upload the model", revision=revision
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # the hub's client raises a dozen kinds, network libraries more
+        raise _refusal(repository, error, get_token() or "") from None
+    return str(done.commit_url)
+
+
+def _check_repository(repository: str) -> None:
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"push: expected OWNER/NAME, got {repository!r}")
+
+
+# What the person can mend. The rest is for later: no network, a hub that fails.
+_REFUSED = {
+    401: "the token is not accepted (`hf auth login`, or HF_TOKEN, with a token that may write)",
+    403: "forbidden: expected a token that may write there, and an owner that is you or your organisation",
+    404: "no such owner, repository or branch",
+    409: "a conflict: the name is taken, or something else was pushed meanwhile",
+}
+
+
+def _refusal(repository: str, error: BaseException, token: str) -> Exception:
+    """One line for what a hub or the way to it says no with; the token is not in it."""
+    status, cause = None, error
+    while cause is not None and status is None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        cause = cause.__cause__
+    if status in _REFUSED:
+        return ConfigError(f"{repository}: the hub says {status}: {_REFUSED[status]}")
+    reason = public(one_line(str(error).strip() or type(error).__name__))[:300]
+    return CheckpointError(f"{repository}: not shared: {reason.replace(token, '***') if token else reason}")
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def _devices() -> list[str]:
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [name for name, there in present.items() if there]
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text, re.IGNORECASE)
+    size = float(found[1]) * 1000 ** "KMG".find(found[2].upper()) * (1000 if found[2] else 1) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB, got {text!r}")
+    return int(size)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python checkpoint.py", description="Weights in, weights out.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    compare = commands.add_parser("parity", help="compare a source with transformers; exit 1 if they differ")
+    write = commands.add_parser("export", help="write a folder that transformers loads unchanged, with a card")
+    upload = commands.add_parser("push", help="upload an exported folder to the hub")
+    single = commands.add_parser("gguf", help="write one file for llama.cpp")
+    whole = commands.add_parser("verify", help="print the digest of a checkpoint, or of a run's newest, if it is whole")
+    whole.add_argument("source", help="checkpoint or run folder")
+    for command in (compare, write, single):
+        command.add_argument("source", help="Hugging Face folder, checkpoint, run folder or hub id")
+    compare.add_argument("--device", default="cpu", choices=_devices(), help="default: cpu")
+    write.add_argument("folder", help="a new folder")
+    single.add_argument("file", help="a new file, .gguf")
+    for command in (write, single):
+        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    write.add_argument("--merge", action="store_true", help="an adapter: write the model that it makes of its base")
+    write.add_argument("--base", metavar="OWNER/NAME", help="an adapter: the id of its base on the hub")
+    write.add_argument("--hf", action="store_true", help="an error unless transformers has a class for the model")
+    write.add_argument("--shard_size", type=_bytes, metavar="SIZE", help="of a file of weights at most; default: 5GB")
+    upload.add_argument("folder", help="an exported folder")
+    upload.add_argument("repository", metavar="OWNER/NAME", help="on the hub; it is made if it is missing")
+    upload.add_argument("--private", action="store_true", help="make a repository that others do not see")
+    upload.add_argument("--revision", metavar="BRANCH", help="default: main")
+    upload.add_argument("--message", metavar="TEXT", help="of the commit")
+    upload.add_argument("--dry_run", action="store_true", help="say what would go; no request is made")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    dtype = getattr(torch, args.dtype) if getattr(args, "dtype", None) else None
+    if args.command == "verify":
+        print(verify(Path(args.source)))
+    elif args.command == "parity":
+        result = parity(args.source, args.device)
+        show_parity(args.source, result)
+        return 0 if result["equal"] else 1
+    elif args.command == "export":
+        with disk_errors(Path(args.folder)):
+            print(_export(args, dtype))
+    elif args.command == "gguf":
+        with disk_errors(Path(args.file)):
+            write_gguf(args.source, args.file, dtype)
+        print(f"wrote {args.file}: llama-cli -m {shlex.quote(args.file)} loads it")
+    elif args.dry_run:
+        _check_repository(args.repository)
+        where = f"{args.repository}{f' at {args.revision}' if args.revision else ''}{', private' * args.private}"
+        print(f"would go to {where}:\n{parcel(Path(args.folder))}")
+    else:
+        how = {"private": args.private, "revision": args.revision, "message": args.message}
+        print(f"shared: {push(args.folder, args.repository, **how)}")
+    return 0
+
+
+def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
+    """Write what is asked for; returns what to tell the person."""
+    source, name = args.source, Path(args.folder).name
+    folder = resolve(source)
+    adapter = read_adapter(folder) if is_adapter(folder) else None
+    for option in ("merge", "base"):
+        if getattr(args, option) and not adapter:
+            raise ConfigError(f"--{option}: expected an adapter as the source, {source} is a whole model")
+    if adapter and not args.merge:
+        apart = adapter._replace(base=args.base or adapter.base)
+        export_adapter(
+            source,
+            args.folder,
+            dtype,
+            base=args.base,
+            describe=lambda model, tokenizer: card(name, source, model, tokenizer, dtype, apart, apart=True),
+        )
+        return f"wrote {args.folder}: PeftModel.from_pretrained(base, {args.folder!r}) loads it"
+    model, tokenizer = load_model(source)
+    own = model_type(model) == OWN_TYPE
+    if args.hf and own:
+        reason = "transformers has no class for this shape"
+        if model.routing:
+            reason = f"its {len(model.routers)} routed layers would compute all tokens there, which is another model"
+        raise ConfigError(f"--hf: {source} cannot be a Hugging Face model: {reason}")
+    text = card(name, source, model, tokenizer, dtype, adapter)
+    export(model, tokenizer, args.folder, dtype, shard_bytes=args.shard_size, card=text)
+    loads = f"AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it"
+    if own:
+        loads = "transformers has no class for this shape; load_model loads it"
+    elif tokenizer is not None and not _auto_reads(model, tokenizer):
+        loads += "\n" + AUTOTOKENIZER_NOTE
+    return f"wrote {args.folder}: {loads}"
