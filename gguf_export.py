@@ -28,8 +28,8 @@ TAKES_WHOLE_PIECES = "llama-bpe"  # the one that takes a piece that is a token a
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
 
 
-def write_gguf(source: str | Path, file: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a new file, all or nothing. dtype None: as stored."""
+def write_gguf(source: str | Path, file: str | Path, dtype: torch.dtype | None = None) -> Tokenizer:
+    """Write a new file, all or nothing; returns the tokenizer in it. dtype None: as stored."""
     try:
         import gguf
     except ImportError:
@@ -60,6 +60,7 @@ def write_gguf(source: str | Path, file: str | Path, dtype: torch.dtype | None =
         writer.close()
         unfinished.unlink(missing_ok=True)
         raise
+    return tokenizer
 
 
 def _checked(source: str | Path, model: GPT, tokenizer: Tokenizer | None) -> str:
@@ -138,17 +139,15 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
 
 def _pre_tokenizer(tokenizer: Tokenizer, spec: dict[str, Any], merges: list[str]) -> str:
     """llama.cpp's name for what comes before BPE; refused where its ids would be others than ours."""
-    if not merges:
-        return "gpt-2"  # every byte stays a token, wherever a text is cut
-    name, reason = PRE_TOKENIZERS.get(tokenizer.pattern), None
+    made, reason = {merge.replace(" ", "") for merge in merges}, None
+    longer = [text for text in spec["vocab"] if len(text) > 1 and text not in tokenizer.special]
+    name = PRE_TOKENIZERS.get(tokenizer.pattern) if longer else "gpt-2"  # bytes stay bytes wherever a text is cut
     if name is None:
         reason = f"its split pattern is none that llama.cpp has: {tokenizer.pattern!r}"
-    elif spec.get("ignore_merges") and name != TAKES_WHOLE_PIECES:
-        made = {merge.replace(" ", "") for merge in merges}
-        if stuck := [text for text in spec["vocab"] if len(text) > 1 and text not in made]:
-            reason = f"{len(stuck)} tokens are made by no merge, among them {stuck[0]!r}"
-    if tokenizer.prefix not in ((), (tokenizer.bos_id,)):
-        reason = f"expected nothing or the first token of a text in front of it, got {tokenizer.prefix}"
+    elif name != TAKES_WHOLE_PIECES and (stuck := [text for text in longer if text not in made]):
+        reason = f"{len(stuck)} tokens are made by no merge, among them {stuck[0]!r}"
+    elif tokenizer.prefix not in ((), (tokenizer.bos_id,)):
+        reason = f"expected nothing or its first token in front of a text, got the ids {tokenizer.prefix}"
     if reason is not None:
         raise CheckpointError(f'tokenizer "{tokenizer.name}": cannot be in a GGUF file: {reason}')
     return name

@@ -572,8 +572,10 @@ def main(argv: list[str]) -> int:
             print(_export(args, dtype))
     elif args.command == "gguf":
         with disk_errors(Path(args.file)):
-            write_gguf(args.source, args.file, dtype)
+            tokenizer = write_gguf(args.source, args.file, dtype)
         print(f"wrote {args.file}: llama-cli -m {shlex.quote(args.file)} loads it")
+        if tokenizer.nfc:
+            print("note: llama.cpp does not bring text to NFC, as this tokenizer does; other text gets other ids there")
     elif args.dry_run:
         _check_repository(args.repository)
         where = f"{args.repository}{f' at {args.revision}' if args.revision else ''}{', private' * args.private}"
