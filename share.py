@@ -115,7 +115,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 # --- text from elsewhere ----------------------------------------------------------------------------------------------
 
 # An absolute path, up to what ends it in an option or a list; blanks are a part of it.
-_PATH = re.compile(r"""(?<![\w.:/\\~-])(?:file:/{2,3})?(?:~\w*|[A-Za-z]:)?[/\\][^"'\[\],;=|]*[^"'\[\],;=|/\\]""")
+_PATH = re.compile(r"""(?<![\w.:/\\~-])(?:file:/{2,3})?(?:~\w*|[A-Za-z]:)?[/\\][^\s"'\[\],;=|][^"'\[\],;=|]*""")
 _OF_A_PERSON = re.compile(r"""([/\\](?:home|Users)[/\\])[^/\\"'\[\],;=|]+(?=[/\\"'\[\],;=|]|$)""")
 _QUERY = re.compile(r"(\w://[^\s?#]+)[?#]\S*")  # of an address; keys hide there
 
@@ -124,7 +124,7 @@ def public(text: str) -> str:
     """Text without secrets, and with nothing of an absolute path but its last part."""
     text = SECRET_TEXT.sub("***", _QUERY.sub(r"\1", text))
     text = _OF_A_PERSON.sub(r"\1~", text.replace(str(Path.home()), "/home/~"))
-    return _PATH.sub(lambda path: "…/" + re.split(r"[/\\]", path[0])[-1], text)
+    return _PATH.sub(lambda path: "…/" + re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], text)
 
 
 def code(text: object) -> str:
@@ -235,7 +235,8 @@ def snippet(model: GPT, tokenizer: Tokenizer | None, *, chat: bool, apart: bool)
     if tokenizer is None:
         return f"import torch\nfrom {package} import {loader}\n\n{_WITHOUT_TOKENIZER.format(loader=loader)}"
     reader = "AutoTokenizer" if _auto_reads(model, tokenizer) else "PreTrainedTokenizerFast"
-    imports = f"from {package} import {loader}\nfrom transformers import {reader}"
+    between = f"\nfrom transformers import {reader}" if apart else f", {reader}"
+    imports = f"from {package} import {loader}{between}"
     use = _CHAT if chat and tokenizer.chat_template else _CONTINUE
     return f"{imports}\n\n{_LOAD.format(reader=reader, loader=loader)}\n{use}"
 
@@ -271,7 +272,7 @@ def _training(origin: Origin, tokenizer: Tokenizer | None) -> str:
     targets = sum(row["targets"] for row in origin.rows if "targets" in row and row["step"] <= (step or 0))
     if targets:
         cut = f"{loop.get('batch_tokens', 0):,} positions a step in rows of {loop.get('seq_len', 0):,}"
-        lines.append(f"- trained on {targets:,} tokens in {step:,} steps, {cut}")
+        lines.append(f"- trained on {int(targets):,} tokens in {step:,} steps, {cut}")
     if tokenizer is not None:
         named = None if origin.base else (origin.config.get("data") or {}).get("tokenizer")
         known = f"{tokenizer.n_vocab:,} tokens, hash `{tokenizer.hash[:16]}`"
@@ -292,12 +293,12 @@ def _figures(origin: Origin) -> Iterator[str]:
             "lowest val/loss": best,
             "last of the run": max(evaluations),
         }
-        lines = ["| evaluation | step | val/loss | bits per byte |", "| --- | --- | --- | --- |"]
-        for label, step in named.items():
-            if row := evaluations.get(step):
-                bits = row.get("val/bits_per_byte")
-                shown = f"{bits:.4f}" if _number(bits) else ""
-                lines.append(f"| {label} | {step:,} | {row['val/loss']:.4f} | {shown} |")
+        lines = ["| step | | val/loss | bits per byte |", "| --- | --- | --- | --- |"]
+        for step in dict.fromkeys(step for step in named.values() if step in evaluations):
+            row, labels = evaluations[step], [label for label, at in named.items() if at == step]
+            bits = row.get("val/bits_per_byte")
+            shown = f"{bits:.4f}" if _number(bits) else ""
+            lines.append(f"| {step:,} | {', '.join(labels)} | {row['val/loss']:.4f} | {shown} |")
         yield "## Figures"
         yield "Loss in nats a token, on validation text.\n\n" + "\n".join(lines)
     for name, report in origin.reports.items():
@@ -371,7 +372,7 @@ def _lineage(folder: Path, origin: Origin, adapter: Adapter | None, parents: lis
 def _file_hash(folder: Path, adapter: Adapter | None) -> str:
     files = _object(folder / "manifest.json").get("files") or {}
     found = (files.get(ADAPTER_WEIGHTS if adapter else "model.safetensors") or {}).get("sha256")
-    return f", file `{found}`" if found else ""
+    return f", {'adapter' if adapter else 'file'} `{found}`" if found else ""
 
 
 def _run_name(base: str) -> str:
@@ -503,13 +504,13 @@ _REFUSED = {
 
 def _refusal(repository: str, error: BaseException, token: str) -> Exception:
     """One line for what a hub or the way to it says no with; the token is not in it."""
-    status, cause = None, error
-    while cause is not None and status is None:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        cause = cause.__cause__
+    status = None
+    while status is None and error is not None:  # what an upload fails with is wrapped
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        error, last = error.__cause__, error
     if status in _REFUSED:
         return ConfigError(f"{repository}: the hub says {status}: {_REFUSED[status]}")
-    reason = public(one_line(str(error).strip() or type(error).__name__))[:300]
+    reason = public(one_line(str(last).strip() or type(last).__name__))[:300]
     return CheckpointError(f"{repository}: not shared: {reason.replace(token, '***') if token else reason}")
 
 

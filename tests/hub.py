@@ -52,7 +52,7 @@ class Hub:
     def create(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         repository = f"{asked['organization']}/{asked['name']}"
         if repository in self.private:
-            return 409, {"error": "You already created this model repo"}
+            return 409, {"error": "You already created this model repo", "url": f"{self.url}/{repository}"}
         self.private[repository] = asked.get("visibility") == "private"
         self.trees[repository, "main"] = {".gitattributes": b""}
         return 200, {"url": f"{self.url}/{repository}", "name": repository}
@@ -109,9 +109,9 @@ def running() -> Iterator[Hub]:
 
         def serve(self) -> None:
             path = self.path.partition("?")[0]
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rest()
             hub.calls.append((self.command, path))
-            if self.command != "PUT":  # storage is another host, which has to do without
+            if re.match(r"/api/(repos|models)/|/[^/]+/[^/]+\.git/", path):  # storage does without
                 hub.tokens.add(self.headers.get("Authorization"))
             status, answer = hub.answer(self.command, path, body)
             content = json.dumps(answer).encode()
@@ -120,6 +120,17 @@ def running() -> Iterator[Hub]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
+
+        def rest(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+        def chunks(self) -> bytes:
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
 
         do_GET = do_POST = do_PUT = serve
 
