@@ -8,6 +8,7 @@ trap 'rm -rf "$folder"' EXIT
     --train.batch_tokens 1024 --train.sample_tokens 20
 "$python" infer.py --ckpt "$folder/run" --prompt "def " --max_new_tokens 20
 "$python" checkpoint.py export "$folder/run" "$folder/exported"
+"$python" checkpoint.py push "$folder/exported" me/model --dry_run
 "$python" infer.py --ckpt "$folder/exported" --prompt "import " --num_beams 3 --max_new_tokens 10
 "$python" finetune.py --base_ckpt "$folder/run" --run.dir "$folder/sft" --steps 4 --warmup_steps 1 --batch_tokens 1024 \
     --eval_every 2 --eval_tokens 1024 --sample_tokens 8 --chat.limit 200 --lora.rank 4
