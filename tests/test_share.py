@@ -205,7 +205,7 @@ def test_figures_are_those_of_the_run(folders: dict[str, Path], pretrained: Path
         evaluations = {row["step"]: row for row in rows if "val/loss" in row}
         best = min(evaluations.values(), key=lambda row: row["val/loss"])["step"]
         text = text_of(folders[name])
-        for label, at in (("these weights", step), ("lowest val/loss", best), ("the last", max(evaluations))):
+        for label, at in (("these weights", step), ("lowest val/loss", best), ("last of the run", max(evaluations))):
             (line,) = [line for line in text.splitlines() if line.startswith("| ") and label in line]
             row = evaluations[at]
             assert re.fullmatch(rf"\| {at} \| .* \| {row['val/loss']:.4f} \| {row['val/bits_per_byte']:.4f} \|", line)
