@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -123,7 +124,10 @@ _QUERY = re.compile(r"(\w://[^\s?#]+)[?#]\S*")  # of an address; keys hide there
 def public(text: str) -> str:
     """Text without secrets, and with nothing of an absolute path but its last part."""
     text = SECRET_TEXT.sub("***", _QUERY.sub(r"\1", text))
-    text = _OF_A_PERSON.sub(r"\1~", text.replace(str(Path.home()), "/home/~"))
+    home = os.path.expanduser("~")
+    if len(home) > 1:  # in some containers it is /
+        text = text.replace(home, "/home/~")
+    text = _OF_A_PERSON.sub(r"\1~", text)
     return _PATH.sub(lambda path: "…/" + re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], text)
 
 

@@ -277,8 +277,10 @@ def test_no_secret_and_no_folder_of_the_user_is_in_a_card(name: str, folders: di
         ("3 / 4", "3 / 4"),
     ],
 )
-def test_what_is_public_of_a_text(told: str, shown: str):
-    assert share.public(told) == shown
+def test_what_is_public_of_a_text(told: str, shown: str, monkeypatch: pytest.MonkeyPatch):
+    for home in ("/", "/srv/people/joe", None):  # whoever exports need not be who trained
+        monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME")
+        assert share.public(told) == shown
 
 
 NASTY = [
