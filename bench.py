@@ -46,6 +46,7 @@ from train import LanguageModeling, train_step
 TURNS = 7
 IDS = 2048  # of the tokenizer that conversations are cut with; the model may have more, as padded vocabularies do
 SFT_STEPS, SFT_TURNS = 10, 3  # optimizer steps of a turn, the first of which does not count; processes of each side
+NEW = 16  # tokens that are decoded in a turn: other ones each, as routers choose by token
 NEAR, FAR = 64, 512  # cached tokens between which the time of one more should not grow
 
 
@@ -64,17 +65,17 @@ def medians(actions: dict[str, Callable[[], None]], device: torch.device, turns:
 
 
 def decoding(model: GPT, batch: int, cached: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Ten tokens behind `cached` ones."""
+    """NEW tokens behind `cached` ones."""
     device = model.get_input_embeddings().weight.device
     ids = torch.randint(model.cfg.vocab_size, (batch, cached), device=device)
-    cache = KVCache(model.cfg, batch, dtype, length=cached + 16)
+    cache = KVCache(model.cfg, batch, dtype, length=cached + NEW)
 
     @torch.no_grad()
     def run() -> None:
         if not cache.lengths[0]:
             model(ids, cache=cache)
-        for _ in range(10):
-            model(ids[:, :1], cache=cache)
+        for new in ids[:, :NEW].split(1, dim=1):
+            model(new, cache=cache)
         cache.crop(cached)
 
     return run
@@ -288,7 +289,7 @@ def at_length(
     cfg: Config, options: argparse.Namespace, length: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """The figures of all variants at rows of `length` tokens."""
-    shape = replace(cfg.model, max_position_embeddings=max(cfg.model.max_position_embeddings, length + 16))
+    shape = replace(cfg.model, max_position_embeddings=max(cfg.model.max_position_embeddings, length + NEW))
     loop = replace(cfg.train, seq_len=length, batch_tokens=length, micro_batch="auto")
     ways, actions, models = variants(cfg, options, length), {}, {}
     for way in ways:
@@ -310,8 +311,8 @@ def at_length(
             "length": length, "name": way.name, "kv_bytes": nbytes, "used": used,
             "train_tokens_per_s": rows / seconds[way.name, "train"],
             "prefill_tokens_per_s": length / seconds[way.name, "read"],
-            "decode_tokens_per_s": 10 / seconds[way.name, "one"],
-            "decode_tokens_per_s_batch_8": 80 / seconds[way.name, "eight"],
+            "decode_tokens_per_s": NEW / seconds[way.name, "one"],
+            "decode_tokens_per_s_batch_8": 8 * NEW / seconds[way.name, "eight"],
             "flops_per_token": routed_flops(shape, way.routing, length),
         })  # fmt: skip
     return found
@@ -322,7 +323,7 @@ def calibrate_on_noise(model: GPT, length: int) -> None:
     """Random weights on random tokens, so that a causal router computes its capacity's share of them."""
     ids = torch.randint(model.cfg.vocab_size, (1, length), device=model.get_input_embeddings().weight.device)
     with routed_by(model, "calibrate"):
-        model(ids, length=length + 16)
+        model(ids, length=length + NEW)
 
 
 @torch.no_grad()
@@ -396,7 +397,7 @@ def speed(argv: list[str]) -> None:
     dtype, reason = pick_dtype(cfg.run.dtype, device)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model).to(device, dtype).eval()
-    far = min(FAR, cfg.model.context - 16)
+    far = min(FAR, cfg.model.context - NEW)
     step_tokens = max(1, 2048 // cfg.train.seq_len) * cfg.train.seq_len
     seconds = medians(
         {
@@ -412,10 +413,10 @@ def speed(argv: list[str]) -> None:
     result = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "prefill_tokens_per_s": far / seconds["read"],
-        "decode_tokens_per_s": 10 / seconds["far"],
-        "decode_tokens_per_s_batch_8": 80 / seconds["far8"],
+        "decode_tokens_per_s": NEW / seconds["far"],
+        "decode_tokens_per_s_batch_8": 8 * NEW / seconds["far8"],
         "decode_far_over_near": seconds["far"] / seconds["near"],
-        "recompute_over_decode": 10 * seconds["read"] / seconds["far"],
+        "recompute_over_decode": NEW * seconds["read"] / seconds["far"],
         "train_tokens_per_s": rate,
         "train_gflop_per_s": rate * flops_per_token(cfg.model, cfg.train.seq_len) / 1e9,
     }
