@@ -98,6 +98,11 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     raise CheckpointError(f"config.json: model_type: expected one of {known}, got {kind!r}")
 
 
+def config_of(source: str | Path) -> ModelConfig:
+    """Of a source, of which nothing else is read."""
+    return config_from_hf(_read_json(resolve(source) / "config.json"))
+
+
 def _own_config(hf: dict[str, Any]) -> ModelConfig:
     values = {f.name: hf[f.name] for f in fields(ModelConfig)}
     if values["rope_scaling"]:

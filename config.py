@@ -257,6 +257,11 @@ def load_config(argv: Sequence[str], section: str, path: Path | None = None, usa
     return cfg
 
 
+def preset_names() -> list[str]:
+    """The shipped ones, as they stand in config.yaml."""
+    return list(_read_file(DEFAULT_FILE)["presets"])
+
+
 def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> None:
     """Refuses what no section sees alone, and what this machine lacks, before anything is allocated.
 

@@ -602,7 +602,7 @@ def assemble(
     model.checkpoint_activations = loop.checkpoint_activations
     dtype, reason = pick_dtype(cfg.run.dtype, world.device)
     peak = peak or peak_of(world.device, dtype)
-    how = {"head": objective.head, "targets": batches.targets, "isolated": batches.isolated}
+    how = {"dtype": dtype, "head": objective.head, "targets": batches.targets, "isolated": batches.isolated}
     rows = micro_rows(cfg, model, loop, world, **how)
     announce(cfg, loop, world, model, batches, rows, f"{str(dtype).removeprefix('torch.')} ({reason})", peak, **how)
     return Trainer(

@@ -47,7 +47,7 @@ IMPORTS = {
     "heldout": {"data", "distributed", "model", "routing"},
     "optim": {"config", "distributed", "routing"},
     "log": {"config", "distributed", "model", "routing", "runfolder"},
-    "plan": {"config", "distributed", "log", "model", "optim", "routing"},
+    "plan": {"config", "distributed", "log", "lora", "model", "optim", "routing"},
     "train": {
         "chat",
         "triplets",
