@@ -762,7 +762,8 @@ def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = N
     if not any(map(len, val)):
         what = counted(val[0].counts)
         where = f"data.val: {named(text.val)}" if text.val else f"data.val_fraction {cfg.val_fraction:g}"
-        raise DataError(f"{where}: nothing to validate on ({what}); give data.val, a larger share or more documents")
+        hint = "" if text.val else "; give data.val, a larger share or more documents"
+        raise DataError(f"{where}: nothing to validate on ({what}){hint}")
     return Prepared(tokenizer, train, [shards for shards in val if len(shards)])
 
 

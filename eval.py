@@ -339,7 +339,10 @@ def text_of(cfg: Config, of: Finished) -> Text:
     if tuned and not cfg.eval.data:
         return conversations(of, run, replace(loop, seq_len=width, batch_tokens=width * loop.rows), most, rows)
     data, what = documents(cfg, run, of.folder)
-    prepared = prepare(data, of.model.cfg.vocab_size, tokenizer=of.tokenizer)
+    try:
+        prepared = prepare(data, of.model.cfg.vocab_size, tokenizer=of.tokenizer)
+    except DataError as error:  # a mistake bears the name of the key that the person has set
+        raise DataError(str(error).replace("data.val: ", "eval.data: ", bool(cfg.eval.data))) from None
     if prepared.train and PretrainBatches(prepared.train, width, 1, 0).fingerprint != trained_on(of.folder):
         print("warning    the text of the run has changed since")
     windows = eval_windows(prepared.val, width, most, rows=rows, isolate_documents=data.isolate_documents)
@@ -350,7 +353,7 @@ def documents(cfg: Config, run: dict[str, dict[str, Any]], folder: Path) -> tupl
     """(where the text is, as `data.val` or as what is held out of `data.train`; what to call it)"""
     named = cfg.eval.data
     if named:
-        expand(named, "eval.data")  # so that a mistake bears the name of this key
+        expand(named, "eval.data")
         # Training text that is streamed is not tokenised here, and none is wanted.
         return replace(cfg.data, train=named, val=named, streaming=True), ", ".join(named)
     if run:
