@@ -14,18 +14,20 @@ import importlib.util
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from checkpoint import CheckpointError, resolve
 from config import Config, ConfigError
 from data import IGNORE
-from heldout import Finished, figures_file, open_finished, token_losses
+from heldout import Finished, figures_file, open_finished, source_folder, token_losses
 from log import say
 from model import GPT, RequestError, Sampling, beam_search, pad_rows, stream
 from runfolder import source_record, write_atomic
@@ -96,7 +98,7 @@ class HarnessLM:
                 raise DataError(f"eval.tasks: {most} new tokens leave no room for a question in {self.length} tokens")
             self.cut += sum(len(ids) > room for _, ids in members)
             prompts = [ids[-room:] or [self.prefix] for _, ids in members]
-            for part in self._batches([len(prompt) + most for prompt in prompts]):
+            for part in self._batches("writing", [len(prompt) + most for prompt in prompts]):
                 said = self._written([prompts[i] for i in part], params | {"seed": self.seed + time}, until, most)
                 for place, text in zip(part, said, strict=True):
                     texts[members[place][0]] = text
@@ -133,13 +135,15 @@ class HarnessLM:
 
     # --- batches
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _batches(self, doing: str, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices of requests, the longest first, so that what does not fit into memory shows at once."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        while order:
-            rows = max(1, self.batch_tokens // max(1, lengths[order[0]]))
-            yield order[:rows]
-            order = order[rows:]
+        with tqdm(total=len(order), desc=doing, unit="requests", disable=None) as bar:  # on a terminal alone
+            while order:
+                rows = max(1, self.batch_tokens // max(1, lengths[order[0]]))
+                yield order[:rows]
+                bar.update(min(rows, len(order)))
+                order = order[rows:]
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """(summed log p, all greedy) of the second ids of each pair. What does not fit is cut off in front."""
@@ -150,7 +154,7 @@ class HarnessLM:
         self.cut += sum(len(before) + len(wanted) > self.length + 1 for before, wanted in pairs)
         rows = [(before + wanted)[-(self.length + 1) :] for before, wanted in pairs]
         found = [(0.0, True)] * len(pairs)
-        for part in self._batches([len(row) - 1 for row in rows]):
+        for part in self._batches("scoring", [len(row) - 1 for row in rows]):
             tokens, _ = pad_rows([rows[index][:-1] for index in part])
             targets = torch.full_like(tokens, IGNORE)
             for place, index in enumerate(part):
@@ -244,13 +248,14 @@ def load_tasks(manager: Any, names: Sequence[str], num_fewshot: int | None) -> d
 
 
 @contextmanager
-def in_this_process() -> Iterator[None]:
-    """lm-eval would resample in a process per core, forked from one that has threads; this variable forbids it."""
+def held_back() -> Iterator[None]:
+    """lm-eval prints where figures go, and resamples in a process per core, forked from one that has threads."""
     name = "DISABLE_MULTIPROC"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         os.environ.pop(name)
         if before is not None:
@@ -268,7 +273,7 @@ def evaluated(lm: Any, loaded: dict[str, Any], limit: int | None, chat: bool) ->
     np.random.seed(OTHER_SEED)
     torch.manual_seed(OTHER_SEED)
     try:
-        with in_this_process():
+        with held_back():
             return evaluate(
                 lm,
                 loaded,
@@ -292,12 +297,12 @@ def record_of(cfg: Config, of: Finished) -> dict[str, Any]:
 def ask_tasks(cfg: Config) -> None:
     """Ask the model of eval.ckpt, print a table, write tasks.json."""
     require_lm_eval()
+    output, names = figures_file(cfg, source_folder(cfg), "tasks.json"), cfg.eval.task_names
+    manager = find_tasks(names, cfg.eval.include_path)
     of = open_finished(cfg)
-    output = figures_file(cfg, of.folder, "tasks.json")
-    names = cfg.eval.task_names
     if cfg.eval.chat and of.tokenizer.special.get(IM_END) is None:
         raise ConfigError(f"eval.chat: expected a tokenizer with {IM_END}, that of {of.folder} has none")
-    loaded = load_tasks(find_tasks(names, cfg.eval.include_path), names, cfg.eval.num_fewshot)
+    loaded = load_tasks(manager, names, cfg.eval.num_fewshot)
     how = {"autocast": of.autocast, "batch_tokens": cfg.eval.batch_tokens, "seed": cfg.run.seed}
     lm = HarnessLM(of.model, of.tokenizer, **how)
     found = evaluated(lm, loaded, cfg.eval.limit, cfg.eval.chat)
@@ -306,7 +311,8 @@ def ask_tasks(cfg: Config) -> None:
     kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
     figures = {name: found[name] for name in kept if name in found}
     record = record_of(cfg, of) | {"lm_eval": importlib.metadata.version("lm_eval"), "asked": settings(cfg)}
-    record |= {"seeds": {"random": RANDOM_SEED, "numpy": OTHER_SEED, "torch": OTHER_SEED, "fewshot": OTHER_SEED}}
+    seeds = {"random": RANDOM_SEED, "numpy": OTHER_SEED, "torch": OTHER_SEED, "fewshot": OTHER_SEED}
+    record |= {"seeds": seeds, "resamples": BOOTSTRAP}
     print(escape_terminal(task_table(found)))
     write_atomic(output, json.dumps(record | {"cut": lm.cut} | figures, indent=1, default=str).encode())
     print(f"wrote {output}")

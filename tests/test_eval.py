@@ -139,6 +139,27 @@ def test_a_fine_tuned_model_is_measured_on_the_answers_that_its_run_was_validate
     assert asked(tmp_path / "sft", corpus, tmp_path / "out.json", f"--eval.data={text}")["data"] == str(text)
 
 
+@pytest.mark.slow
+def test_a_model_that_withstands_is_measured_on_the_triplets_that_its_run_was_validated_on(
+    corpus: Path, tmp_path: Path
+):
+    export(tiny.model(vocab_size=BYTES.n_vocab, max_position_embeddings=1024), BYTES, tmp_path / "base")
+    listed = {"--base_ckpt": tmp_path / "base", "--run.dir": tmp_path / "run", "--run.device": "cpu"}
+    listed |= {"--objective": "contrast", "--contrast.limit": 60, "--contrast.eval_rows": 2, "--seq_len": 256}
+    listed |= {
+        "--contrast.answer_tokens": 2,
+        "--steps": 2,
+        "--eval_every": 1,
+        "--warmup_steps": 0,
+        "--sample_tokens": 0,
+    }
+    assert finetune.main([f"{key}={value}" for key, value in listed.items()]) == 0
+    step, said = max(validated(tmp_path / "run").items())
+    found = asked(runs.at(tmp_path / "run", step), corpus, tmp_path / "out.json")
+    for name, value in values(found).items():
+        assert value == pytest.approx(said[f"val/{name}"], rel=1e-6)
+
+
 def test_text_that_has_changed_since_the_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = tmp_path / "corpus"
     folder.mkdir()

@@ -233,6 +233,25 @@ def test_figures_of_tasks_are_those_of_the_hf_backend(
             assert found[name][key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), key
 
 
+@pytest.mark.slow
+def test_tasks_are_asked_as_the_command_line_of_lm_eval_asks_them(folder: Path, theirs: Any, tasks: Path):
+    """Its own function sets seeds, examples and limits; figures of this repo can stand beside published ones."""
+    from lm_eval.evaluator import simple_evaluate
+
+    manager, limits = find_tasks(TASKS, str(tasks)), {"num_fewshot": 2, "limit": 7}
+    expected = simple_evaluate(theirs, tasks=TASKS, task_manager=manager, bootstrap_iters=0, **limits)
+    loaded = load_tasks(find_tasks(TASKS, str(tasks)), TASKS, 2)
+    found = evaluated(ours(folder), loaded, 7, False)
+    for name in TASKS:
+        for key, value in expected["results"][name].items():
+            if "_stderr" not in key:
+                assert found["results"][name][key] == (
+                    value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+                )
+    assert found["n-shot"] == expected["n-shot"]
+    assert found["n-samples"] == expected["n-samples"]
+
+
 def test_a_tokenizer_with_a_bos_begins_texts_as_the_hf_backend_does(tmp_path: Path):
     """Llama's texts begin with a token of their own, but where one is there already."""
     import transformers
