@@ -234,6 +234,26 @@ def test_figures_of_tasks_are_those_of_the_hf_backend(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2-untied", "qwen3", "llama", "gpt2"])
+def test_other_shapes_answer_as_with_the_hf_backend(kind: str, tmp_path: Path):
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    folder = made(tmp_path / kind, train_tokenizer(TEXTS, 400), kind)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    theirs = HFLM(pretrained=str(folder), tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=4)
+    requests, texts = [asked(*pair) for pair in PAIRS], [asked(text) for text in (*TEXTS[:3], LONG)]
+    lm = ours(folder, batch_tokens=200)
+    assert lm.length == theirs.max_length
+    close(lm.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True))
+    expected = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert lm.loglikelihood_rolling(texts) == pytest.approx(expected, rel=1e-5)
+    written = [asked(context, {"until": ["\n"], "max_gen_toks": 10}) for context, _ in PAIRS if context]
+    expected = theirs.generate_until([asked(*map(_copied, request.args)) for request in written], disable_tqdm=True)
+    assert lm.generate_until(written) == expected
+
+
+@pytest.mark.slow
 def test_tasks_are_asked_as_the_command_line_of_lm_eval_asks_them(folder: Path, theirs: Any, tasks: Path):
     """Its own function sets seeds, examples and limits; figures of this repo can stand beside published ones."""
     from lm_eval.evaluator import simple_evaluate
