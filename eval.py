@@ -25,7 +25,7 @@ from corpus import DataConfig, expand, prepare
 from data import Batch, PretrainBatches, eval_windows
 from distributed import pick_device, pick_dtype
 from harness import ask_tasks, record_of
-from heldout import Estimate, Finished, Measured, figures_file, measure_finished, open_finished, source_folder
+from heldout import Estimate, Finished, Measured, figures_file, measure_finished, open_finished, run_of, source_folder
 from injection import (
     BENIGN,
     INJECTED,
@@ -358,7 +358,7 @@ def documents(cfg: Config, run: dict[str, dict[str, Any]], folder: Path) -> tupl
         return replace(cfg.data, train=named, val=named, streaming=True), ", ".join(named)
     if run:
         data = replace(section(run, "data", DataConfig), cache_dir=cfg.data.cache_dir)
-        return data, f"validation text of {folder.parents[1]}"
+        return data, f"validation text of {run_of(folder) or folder}"
     return replace(cfg.data, streaming=True), f"held out of {', '.join(cfg.data.val or cfg.data.train)}"
 
 
@@ -369,7 +369,7 @@ def trained_on(folder: Path) -> str | None:
 
 def conversations(of: Finished, run: dict[str, dict[str, Any]], loop: FinetuneConfig, most: int, rows: int) -> Text:
     """What a fine-tuned model was validated on: answers alone, each after its conversation."""
-    what, width = f"validation data of {of.folder.parents[1]}", loop.seq_len
+    what, width = f"validation data of {run_of(of.folder) or of.folder}", loop.seq_len
     if loop.objective == "sft":
         chats = prepare_chat(section(run, "chat", ChatConfig), of.tokenizer, width)
         return Text(chat_windows(chats.val, width, most, rows=rows), what, width)

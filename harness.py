@@ -163,7 +163,8 @@ class HarnessLM:
             with self.autocast:
                 scored = token_losses(self.model, tokens.to(self.device), targets.to(self.device))
             counts = [len(pairs[index][1]) for index in part]
-            for index, nats, greedy in zip(part, scored.nats.split(counts), scored.greedy.split(counts), strict=True):
+            each = (scored.nats.cpu().split(counts), scored.greedy.cpu().split(counts))
+            for index, nats, greedy in zip(part, *each, strict=True):
                 found[index] = -float(nats.sum()), bool(greedy.all())
         return found
 

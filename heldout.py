@@ -132,11 +132,15 @@ def source_folder(cfg: Config) -> Path:
     return resolve(cfg.eval.ckpt)
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint is in, where it is in one."""
+    folder = checkpoint if len(checkpoint.parents) > 1 else checkpoint.resolve()
+    return folder.parents[1] if folder.parent.name == "checkpoints" else None
+
+
 def figures_file(cfg: Config, folder: Path, name: str) -> Path:
     """Where figures go: the file that is named, else one in the run folder of a checkpoint, else in this folder."""
-    in_run = folder.parent.name == "checkpoints"
-    default = folder.parents[1] / name if in_run else Path(name)
-    path = default if cfg.eval.output is None else Path(cfg.eval.output)
+    path = (run_of(folder) or Path()) / name if cfg.eval.output is None else Path(cfg.eval.output)
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"eval.output: expected a file in a folder that exists, got {path}")
     return path

@@ -364,6 +364,18 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert not list(tmp_path.glob("*.json"))
 
 
+def test_a_checkpoint_is_named_from_wherever_one_stands(
+    run: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = []
+    for folder, name in ((run / "checkpoints", resolve(run).name), (run, f"checkpoints/{resolve(run).name}")):
+        monkeypatch.chdir(folder)
+        names.append(asked(Path(name), corpus, tmp_path / "out.json")["data"])
+        assert heldout.run_of(Path(name)).resolve() == run.resolve()
+    assert names == [f"validation text of {run}", "validation text of ."]
+    assert heldout.run_of(tmp_path) is None
+
+
 def test_a_run_of_an_older_version_has_the_defaults_of_younger_keys(run: Path, corpus: Path, tmp_path: Path):
     expected = asked(run, corpus, tmp_path / "out.json")
     checkpoint = tmp_path / "older" / "checkpoints" / "step-00000008"
