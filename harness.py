@@ -344,6 +344,13 @@ def task_table(found: dict[str, Any]) -> str:
 # --- at the end of a run ----------------------------------------------------------------------------------------------
 
 
+def check_tasks(cfg: Config) -> None:
+    """Before a run begins: refuse names that could only be refused after it."""
+    if cfg.eval.tasks:
+        require_lm_eval()
+        find_tasks(cfg.eval.task_names, cfg.eval.include_path)
+
+
 def ask_at_the_end(cfg: Config) -> None:
     """Ask eval.tasks of the best checkpoint of a run, unless that is done. Whatever happens, the run is finished."""
     if not cfg.eval.tasks:

@@ -46,7 +46,7 @@ from distributed import (
     whole,
     wrap,
 )
-from harness import ask_at_the_end
+from harness import ask_at_the_end, check_tasks
 from heldout import evaluate_routed
 from log import MetricLog, Peak, Speed, peak_of, say
 from model import GPT, IGNORE, Output, generate
@@ -667,6 +667,7 @@ def run(
     Returns the exit code.
     """
     folder, started, changed = Path(cfg.run.dir), time.perf_counter(), None
+    check_tasks(cfg)
     stop = Stop()
     with stop.watching(), lock(folder) if world.is_main else nullcontext():
         source = main_first(world, lambda: starting_point(cfg))

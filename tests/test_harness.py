@@ -505,6 +505,10 @@ def test_a_run_asks_its_tasks_once_at_its_end_and_is_finished_whatever_they_do(
     run = tmp_path / "run"
     plain = runs.options(corpus, run, "--train.steps=6", "--train.eval_every=3")
     with_tasks = [*plain, f"--eval.include_path={tasks}", "--eval.tasks=tiny_choices", "--eval.limit=3"]
+    monkeypatch.setattr("lm_eval.tasks.manager.Path", lambda _: tasks)  # where lm-eval's own tasks are: thousands
+    with pytest.raises(ConfigError, match=r"^eval\.tasks: nothing: no such task"):
+        train.main([*with_tasks[:-2], "--eval.tasks=nothing"])  # before anything else, not after hours
+    assert not run.exists()
     assert train.main(with_tasks) == 0
     found = json.loads((run / "tasks.json").read_text())
     assert found["results"]["tiny_choices"]["sample_len"] == 3
