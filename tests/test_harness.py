@@ -18,7 +18,7 @@ import train
 from checkpoint import export, load_model, resolve
 from config import ConfigError
 from harness import HarnessLM, evaluated, find_tasks, load_tasks
-from model import beam_search
+from model import beam_search, generate
 from routing import RoutingConfig, build_model, tokens_used
 from tokenizer import DataError, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -177,9 +177,18 @@ def test_log_likelihoods_are_those_of_the_hf_backend(folder: Path, theirs: Any):
 
 def test_log_likelihoods_of_greedy_answers_are_marked(folder: Path, theirs: Any):
     lm = ours(folder)
-    (said,) = lm.generate_until([asked("The cat", {"max_gen_toks": 3})])
-    found = lm.loglikelihood([asked("The cat", said)])
-    close(found, theirs.loglikelihood([asked("The cat", said)], disable_tqdm=True))
+    contexts = [context for context, _ in PAIRS if context]
+    said = lm.generate_until([asked(context, {"max_gen_toks": 1}) for context in contexts])
+    pairs = [
+        pair
+        for context, text in zip(contexts, said, strict=True)
+        if text
+        for pair in ((context, text), (context, f"{text} on"))
+    ]
+    found = lm.loglikelihood([asked(*pair) for pair in pairs])
+    close(found, theirs.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True))
+    marked = [greedy for _, greedy in found]
+    assert any(one and not more for one, more in zip(marked[::2], marked[1::2], strict=True))  # all of it, not some
 
 
 def test_rolling_log_likelihoods_are_those_of_the_hf_backend(folder: Path, theirs: Any):
@@ -212,6 +221,29 @@ def test_greedy_texts_are_those_of_the_hf_backend(folder: Path, theirs: Any):
 
 def _copied(value: Any) -> Any:
     return json.loads(json.dumps(value))  # the backend writes into its arguments
+
+
+def test_control_tokens_that_a_model_writes_are_left_out_as_by_the_hf_backend(tmp_path: Path):
+    """An end ends the answer, another one is skipped; both were never seen in answers of random models."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = train_tokenizer(TEXTS, 400)
+    model = tiny.model("qwen2-untied", vocab_size=tokenizer.n_vocab, max_position_embeddings=CONTEXT)
+    contexts = [context for context, _ in PAIRS[:14] if context]
+    prompts = [tokenizer.encode(text, allow_special=True)[-CONTEXT // 2 :] for text in contexts]
+    rows = generate(model, prompts, temperature=0.0, max_new_tokens=8)
+    with torch.no_grad():  # what is now written third of one answer, and fifth of another, shall be control tokens
+        for row, prompt, at, name in ((rows[0], prompts[0], 2, "<|im_start|>"), (rows[3], prompts[3], 4, "<|im_end|>")):
+            weight = model.lm_head.weight
+            weight[tokenizer.special[name]] = weight[row[len(prompt) + at]] * 1.01
+    export(model, tokenizer, tmp_path / "model")
+    theirs = HFLM(pretrained=str(tmp_path / "model"), device="cpu", dtype="float32", batch_size=4)
+    requests = [asked(context, {"max_gen_toks": 8}) for context in contexts]
+    expected = theirs.generate_until([asked(*map(_copied, request.args)) for request in requests], disable_tqdm=True)
+    assert ours(tmp_path / "model").generate_until(requests) == expected
+    rows = generate(model, prompts, temperature=0.0, max_new_tokens=8)
+    new = {token for row, prompt in zip(rows, prompts, strict=True) for token in row[len(prompt) :]}
+    assert {tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]} <= new
 
 
 def figures(lm: Any, tasks: Path, names: list[str], num_fewshot: int, chat: bool) -> dict[str, dict[str, Any]]:
