@@ -71,7 +71,7 @@ def values(found: dict[str, Any], name: str = "loss") -> dict[str, float]:
     [
         (),
         pytest.param(("--data.streaming=true", "--run.dtype=bfloat16"), marks=pytest.mark.slow),
-        pytest.param(("--data.isolate_documents=true", "--train.eval_tokens=100"), marks=pytest.mark.slow),
+        pytest.param(("--data.isolate_documents=true", "--train.eval_tokens=100000"), marks=pytest.mark.slow),
     ],
 )
 def test_it_is_what_the_run_said_of_each_of_its_checkpoints(
@@ -307,6 +307,18 @@ def test_a_folder_that_no_run_has_written_is_measured_on_what_is_held_out_of_dat
     expected = evaluate(model, windows, token_bytes(BYTES), ALONE, torch.no_grad())
     assert values(found) == pytest.approx(expected, rel=1e-6)
     assert found["data"] == f"held out of {corpus}"
+
+
+def test_weights_that_are_stored_in_bf16_are_computed_in_fp32_where_the_run_would(corpus: Path, tmp_path: Path):
+    half = tmp_path / "half"
+    export(tiny.model(vocab_size=BYTES.n_vocab), BYTES, half, torch.bfloat16)
+    text = f"--eval.data={next(corpus.glob('*.txt'))}"
+    found = asked(half, corpus, tmp_path / "out.json", text, "--run.dtype=float32")
+    export(load_model(half, dtype=torch.float32)[0], BYTES, tmp_path / "whole")
+    assert values(found) == values(
+        asked(tmp_path / "whole", corpus, tmp_path / "out.json", text, "--run.dtype=float32")
+    )
+    assert found["dtype"] == "float32"
 
 
 def test_an_adapter_is_measured_with_its_base(folder: Path, corpus: Path, tmp_path: Path):
