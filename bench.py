@@ -6,6 +6,7 @@
     python bench.py sft --peer               and beside it transformers, with peft where --lora.rank is not 0
     python bench.py routing                  routed layers beside dense ones: training, prefill, decoding, cache, FLOPs
     python bench.py routing --quality        what they learn: validation loss at equal steps and at equal FLOPs
+    python bench.py memory --preset 0.5B --on cuda --fit 24GB    what a run needs, and what to change until it fits
 
 Figures are medians of several turns in which the things compared alternate, so that a slow moment of the machine hits
 all of them. Quote ratios rather than times.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -30,15 +32,15 @@ from typing import Any
 import torch
 
 from chat import ChatBatches, Example, prepare_chat
-from checkpoint import export, load_model
-from config import Config, check, load_config, run_script
+from checkpoint import config_of, export, load_model
+from config import Config, ConfigError, check, check_rows, load_config, preset_names, run_script
 from corpus import prepare
 from data import Batch, micro_batches
 from distributed import World, pick_device, pick_dtype
 from lora import apply_lora
 from model import GPT, IGNORE, KVCache, flops_per_token
 from optim import Optimizers, parameter_groups
-from plan import micro_rows
+from plan import ROOM, Case, cache_bytes, easier, free_memory, micro_rows
 from routing import RoutingConfig, build_model, penalty_weights, routed_by
 from routing import flops_per_token as routed_flops
 from train import LanguageModeling, train_step
@@ -46,6 +48,7 @@ from train import LanguageModeling, train_step
 TURNS = 7
 IDS = 2048  # of the tokenizer that conversations are cut with; the model may have more, as padded vocabularies do
 SFT_STEPS, SFT_TURNS = 10, 3  # optimizer steps of a turn, the first of which does not count; processes of each side
+NEW = 16  # tokens that are decoded in a turn: other ones each, as routers choose by token
 NEAR, FAR = 64, 512  # cached tokens between which the time of one more should not grow
 
 
@@ -64,17 +67,17 @@ def medians(actions: dict[str, Callable[[], None]], device: torch.device, turns:
 
 
 def decoding(model: GPT, batch: int, cached: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Ten tokens behind `cached` ones."""
+    """NEW tokens behind `cached` ones."""
     device = model.get_input_embeddings().weight.device
     ids = torch.randint(model.cfg.vocab_size, (batch, cached), device=device)
-    cache = KVCache(model.cfg, batch, dtype, length=cached + 16)
+    cache = KVCache(model.cfg, batch, dtype, length=cached + NEW)
 
     @torch.no_grad()
     def run() -> None:
         if not cache.lengths[0]:
             model(ids, cache=cache)
-        for _ in range(10):
-            model(ids[:, :1], cache=cache)
+        for new in ids[:, :NEW].split(1, dim=1):
+            model(new, cache=cache)
         cache.crop(cached)
 
     return run
@@ -288,7 +291,7 @@ def at_length(
     cfg: Config, options: argparse.Namespace, length: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """The figures of all variants at rows of `length` tokens."""
-    shape = replace(cfg.model, max_position_embeddings=max(cfg.model.max_position_embeddings, length + 16))
+    shape = replace(cfg.model, max_position_embeddings=max(cfg.model.max_position_embeddings, length + NEW))
     loop = replace(cfg.train, seq_len=length, batch_tokens=length, micro_batch="auto")
     ways, actions, models = variants(cfg, options, length), {}, {}
     for way in ways:
@@ -310,8 +313,8 @@ def at_length(
             "length": length, "name": way.name, "kv_bytes": nbytes, "used": used,
             "train_tokens_per_s": rows / seconds[way.name, "train"],
             "prefill_tokens_per_s": length / seconds[way.name, "read"],
-            "decode_tokens_per_s": 10 / seconds[way.name, "one"],
-            "decode_tokens_per_s_batch_8": 80 / seconds[way.name, "eight"],
+            "decode_tokens_per_s": NEW / seconds[way.name, "one"],
+            "decode_tokens_per_s_batch_8": 8 * NEW / seconds[way.name, "eight"],
             "flops_per_token": routed_flops(shape, way.routing, length),
         })  # fmt: skip
     return found
@@ -322,7 +325,7 @@ def calibrate_on_noise(model: GPT, length: int) -> None:
     """Random weights on random tokens, so that a causal router computes its capacity's share of them."""
     ids = torch.randint(model.cfg.vocab_size, (1, length), device=model.get_input_embeddings().weight.device)
     with routed_by(model, "calibrate"):
-        model(ids, length=length + 16)
+        model(ids, length=length + NEW)
 
 
 @torch.no_grad()
@@ -379,7 +382,94 @@ def one_run(argv: list[str], kind: str, share: str, steps: int, seed: str) -> di
         return [row for row in rows if "val/loss" in row][-1]
 
 
+# --- memory, without using any ----------------------------------------------------------------------------------------
+
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def size_of(text: str) -> float:
+    """Bytes in `24GB` or `24 GiB`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]i?B)", text)
+    if found is None or found[2] not in UNITS:
+        raise ConfigError(f"--fit: expected a size such as 24GB or 16GiB, got {text!r}")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def readable(count: float) -> str:
+    """Bytes with three digits."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def memory_case(argv: list[str]) -> Case:
+    """The run that is meant; on a device type other than this machine's, if that is asked for."""
+    section = "finetune" if argv[:1] == ["finetune"] else "train"
+    parser = argparse.ArgumentParser(prog="python bench.py memory", add_help=False, allow_abbrev=False)
+    parser.add_argument("--fit", type=str)
+    parser.add_argument("--on", choices=("cpu", "cuda", "mps"))
+    parser.add_argument("--ranks", type=int, default=1)
+    options, rest = parser.parse_known_args(argv[1:] if section == "finetune" else argv)
+    usage = "python bench.py memory [finetune] [--fit 24GB] [--on cpu|cuda|mps] [--ranks N]"
+    cfg = load_config(rest, section, usage=f"{usage} [FILE.yaml] [--preset NAME] [--key=value ...]")
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks: expected 1 or more, got {options.ranks}")
+    if section == "finetune" and cfg.finetune.base_ckpt is not None:
+        cfg = replace(cfg, model=config_of(cfg.finetune.base_ckpt))
+    check_rows(getattr(cfg, section), options.ranks, section)
+    here = pick_device(cfg.run.device)
+    if options.on in (None, here.type):
+        device, dtype = here, pick_dtype(cfg.run.dtype, here)[0]
+    else:  # what is not here cannot be asked what it is fast in
+        device = torch.device(options.on)
+        usual = torch.bfloat16 if options.on == "cuda" else torch.float32
+        dtype = usual if cfg.run.dtype == "auto" else getattr(torch, cfg.run.dtype)
+    if options.fit is None and device.type != here.type:
+        raise ConfigError(f"--fit: expected the memory of the {device.type} device that is not here, such as 24GB")
+    room = free_memory(device) if options.fit is None else size_of(options.fit)
+    return Case(cfg, section, World(0, 0, options.ranks, device), dtype, room)
+
+
+def memory(argv: list[str]) -> None:
+    """What a run would need on each device; nothing of it is allocated."""
+    case = memory_case(argv)
+    model, rows, loop, parts = case.model, case.rows, case.loop, case.bytes()
+    size, total, context = sum(p.numel() for p in model.parameters()), sum(parts.values()), model.cfg.context
+    cached = cache_bytes(model, context, case.dtype)
+    shared = f", {case.cfg.run.parallel} on {case.world.size} devices" if case.world.size > 1 else ""
+    print(f"{case.section}: {size / 1e6:.1f} M parameters, {str(case.dtype).removeprefix('torch.')}, {loop.optimizer}, "
+          f"{rows} x {loop.seq_len} tokens in a forward, {case.world.device.type}{shared}")  # fmt: skip
+    for name, count in parts.items():
+        print(f"  {name:12} {readable(count):>10}")
+    print(f"  {'in all':12} {readable(total):>10}, which {'fits' if case.fits else 'does not fit'} into "
+          f"{readable(case.room)}, of which {ROOM:.0%} is planned with")  # fmt: skip
+    print(f"generation: weights {readable(size * case.dtype.itemsize)}, cache {readable(cached / context)} a token, "
+          f"{readable(cached)} for a row of {context:,}")  # fmt: skip
+    found = {"parameters": size, "rows": rows, **parts, "total": total, "fits": case.fits, "cache": cached}
+    if not case.fits:
+        found["until_it_fits"] = advise(case)
+    print(json.dumps(found))
+
+
+def advise(case: Case) -> list[str]:
+    """Print what to change, one after the other, until the run fits; returns the options."""
+    print("each of these, with those above it:")
+    options, changed = [], case
+    for option, price, changed in easier(case):
+        options.append(option)
+        print(f"  {option:32} {readable(sum(changed.bytes().values())):>10}  {price}")
+        if changed.fits:
+            return options
+    models = {name: load_config(["--preset", name], "train").model for name in preset_names()}
+    smaller = [name for name, shape in models.items() if changed._replace(cfg=replace(changed.cfg, model=shape)).fits]
+    print(f"no more to change: with all this --preset {smaller[-1]} fits" if smaller else "not even a tiny model fits")
+    return []
+
+
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["memory"]:
+        return memory(argv[1:])
     if argv[:1] == ["routing"]:
         return routing_quality(argv[1:]) if "--quality" in argv else routing_speed(argv[1:])
     if argv[:1] == ["sft"]:
@@ -396,7 +486,7 @@ def speed(argv: list[str]) -> None:
     dtype, reason = pick_dtype(cfg.run.dtype, device)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model).to(device, dtype).eval()
-    far = min(FAR, cfg.model.context - 16)
+    far = min(FAR, cfg.model.context - NEW)
     step_tokens = max(1, 2048 // cfg.train.seq_len) * cfg.train.seq_len
     seconds = medians(
         {
@@ -412,10 +502,10 @@ def speed(argv: list[str]) -> None:
     result = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "prefill_tokens_per_s": far / seconds["read"],
-        "decode_tokens_per_s": 10 / seconds["far"],
-        "decode_tokens_per_s_batch_8": 80 / seconds["far8"],
+        "decode_tokens_per_s": NEW / seconds["far"],
+        "decode_tokens_per_s_batch_8": 8 * NEW / seconds["far8"],
         "decode_far_over_near": seconds["far"] / seconds["near"],
-        "recompute_over_decode": 10 * seconds["read"] / seconds["far"],
+        "recompute_over_decode": NEW * seconds["read"] / seconds["far"],
         "train_tokens_per_s": rate,
         "train_gflop_per_s": rate * flops_per_token(cfg.model, cfg.train.seq_len) / 1e9,
     }

@@ -85,6 +85,11 @@ def _resolve(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no such folder, and not a hub id (OWNER/NAME)")
 
 
+def config_of(source: str | Path) -> ModelConfig:
+    """Of a source, of which nothing else is read."""
+    return config_from_hf(_read_json(resolve(source) / "config.json"))
+
+
 def _best_of(newest: Path) -> Path:
     """The checkpoint of the same run with the lowest validation loss, as far as the newest one knows."""
     try:

@@ -28,7 +28,6 @@ from corpus import DataConfig, require
 from lora import LoraConfig
 from model import ModelConfig, Sampling
 from routing import RoutingConfig, routed_layers
-from tasks import INJECTIONS
 from triplets import ContrastConfig
 
 DEFECT = 1  # exit code of an error of the program
@@ -201,17 +200,33 @@ class InferConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     ckpt: str | None = None
-    suite: Literal["injection"] = "injection"
+    suite: Literal["heldout", "injection"] | None = None
+    tasks: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    limit: int | None = None
+    seq_len: int | None = None
+    calibrate: bool = False
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+    batch_tokens: int = 8192
     base: str | None = None
-    data: tuple[str, ...] = (f"{INJECTIONS}-test",)
-    limit: int = 0
     answer_tokens: int = 24
     output: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.data and all(self.data), "data", "at least one source", self.data)
-        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
+        require(all(self.data), "data", "sources", self.data)
+        require(all(self.task_names), "tasks", "names, one per option or with commas between them", self.tasks)
+        require((self.limit or 0) >= 0, "limit", "0 (all) or more", self.limit)
+        require(self.seq_len is None or self.seq_len >= 1, "seq_len", "1 or more", self.seq_len)
+        require((self.num_fewshot or 0) >= 0, "num_fewshot", "0 or more", self.num_fewshot)
+        require(self.batch_tokens >= 1, "batch_tokens", "1 or more", self.batch_tokens)
         require(self.answer_tokens >= 1, "answer_tokens", "1 or more", self.answer_tokens)
+
+    @property
+    def task_names(self) -> list[str]:
+        """Each once; `a,b` are two."""
+        return list(dict.fromkeys(name.strip() for names in self.tasks for name in names.split(",")))
 
 
 @dataclass(frozen=True)
@@ -255,6 +270,11 @@ def load_config(argv: Sequence[str], section: str, path: Path | None = None, usa
         name = cfg.finetune.objective if section == "finetune" else "base"
         cfg = replace(cfg, run=replace(cfg.run, dir=f"runs/{name}"))
     return cfg
+
+
+def preset_names() -> list[str]:
+    """The shipped ones, as they stand in config.yaml."""
+    return list(_read_file(DEFAULT_FILE)["presets"])
 
 
 def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> None:

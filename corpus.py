@@ -732,10 +732,13 @@ def split_by_hash(digest: bytes, limit: int) -> str:
     return "val" if int.from_bytes(digest, "little") < limit else "train"
 
 
-def prepare(cfg: DataConfig, vocab_size: int, *, progress: bool = True) -> Prepared:
-    """Tokenises on first use, and opens what an earlier run has left otherwise. Several processes may do it at once."""
+def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = None, progress: bool = True) -> Prepared:
+    """Tokenises on first use, and opens what an earlier run has left otherwise. Several processes may do it at once.
+
+    tokenizer: that of a model that there is already, whatever the configuration names
+    """
     text = open_corpus(cfg)
-    tokenizer = _tokenizer(cfg, text, vocab_size, progress)
+    tokenizer = tokenizer or _tokenizer(cfg, text, vocab_size, progress)
     if tokenizer.n_vocab > vocab_size:
         raise DataError(f"data.tokenizer: expected at most model.vocab_size {vocab_size} ids, got {tokenizer.n_vocab}")
     train: list[tuple[TokenShards, float]] = []
@@ -759,7 +762,8 @@ def prepare(cfg: DataConfig, vocab_size: int, *, progress: bool = True) -> Prepa
     if not any(map(len, val)):
         what = counted(val[0].counts)
         where = f"data.val: {named(text.val)}" if text.val else f"data.val_fraction {cfg.val_fraction:g}"
-        raise DataError(f"{where}: nothing to validate on ({what}); give data.val, a larger share or more documents")
+        hint = "" if text.val else "; give data.val, a larger share or more documents"
+        raise DataError(f"{where}: nothing to validate on ({what}){hint}")
     return Prepared(tokenizer, train, [shards for shards in val if len(shards)])
 
 

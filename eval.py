@@ -1,23 +1,31 @@
-"""Figures of a finished model, with their uncertainty, beside those of the model that it was made from.
+"""Figures of a finished model, with their uncertainty.
 
-    python eval.py --suite injection --ckpt runs/contrast     attacks on the built-in test rows
+    python eval.py --ckpt runs/base                           loss, perplexity and bits per byte of held-out text
+    python eval.py --ckpt FOLDER --data "notes/*.md"          any model, any text
+    python eval.py --ckpt runs/base --tasks mine --include_path tasks     tasks of lm-eval: see harness.py
+    python eval.py --suite injection --ckpt runs/contrast     attacks, beside the model that it was made from
     python eval.py --suite injection --ckpt runs/contrast --data rows.jsonl --output figures.json
 
-The table goes to stdout; all figures and every answer go to a JSON file.
+The table goes to stdout; all figures, and of an attack every answer, go to a JSON file.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from chat import Audit
-from checkpoint import is_adapter, load_model, read_adapter, resolve
-from config import Config, ConfigError, check, load_config, run_script
+from chat import Audit, ChatConfig, chat_windows, prepare_chat
+from checkpoint import CheckpointError, is_adapter, load_model, read_adapter
+from config import Config, ConfigError, FinetuneConfig, TrainConfig, check, load_config, run_script
 from contrast import load_head
+from corpus import DataConfig, expand, prepare
+from data import Batch, PretrainBatches, eval_windows
 from distributed import pick_device, pick_dtype
+from harness import ask_tasks, record_of
+from heldout import Estimate, Finished, Measured, figures_file, measure_finished, open_finished, run_of, source_folder
 from injection import (
     BENIGN,
     INJECTED,
@@ -36,9 +44,25 @@ from lora import without_lora
 from model import GPT
 from runfolder import write_atomic
 from tokenizer import DataError, Tokenizer, escape_terminal
-from triplets import Tokenised, Triplet, read_triplets, spread, straddling, tokenised
+from triplets import (
+    INJECTIONS_TEST,
+    ContrastConfig,
+    Tokenised,
+    Triplet,
+    prepare_triplets,
+    read_triplets,
+    row_width,
+    spread,
+    straddling,
+    tokenised,
+    triplet_windows,
+)
 
 KNOWN = 256  # training triplets that say where the head puts benign and injected requests
+WIDTH = 1024  # tokens in a row of held-out text for a model that does not say, if its context holds them
+ALL = 1 << 40  # rows, or triplets: more than there are
+
+Section = TypeVar("Section")
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -55,35 +79,39 @@ class Source(NamedTuple):
 
 
 def source_of(cfg: Config) -> Source:
-    if cfg.eval.ckpt is None:
-        raise ConfigError("eval.ckpt: expected a run, a checkpoint or a Hugging Face folder, got nothing")
-    folder = resolve(cfg.eval.ckpt)
-    recorded = _recorded(folder)
-    base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else recorded["finetune"].get("base_ckpt"))
+    folder = source_folder(cfg)
+    run = recorded(folder)
+    noted = run.get("finetune", {}).get("base_ckpt")
+    base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else noted)
     if base is None:
         raise ConfigError(f"eval.base: {folder} does not say what it was made from; expected that model, got nothing")
-    contrast = {"train": cfg.contrast.train, "val": cfg.contrast.val} | recorded["contrast"]
-    return Source(folder, base, (*contrast["train"], *contrast["val"]), is_adapter(folder), bool(recorded["contrast"]))
+    known = run.get("contrast", {})
+    contrast = {"train": cfg.contrast.train, "val": cfg.contrast.val} | known
+    return Source(folder, base, (*contrast["train"], *contrast["val"]), is_adapter(folder), bool(known))
 
 
-def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
-    """The configuration of the run that wrote a checkpoint, as far as there is one."""
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """The configuration of the run that wrote a checkpoint, by section; empty where there was none."""
     try:
         config = json.loads((folder / "state.json").read_bytes())["config"]
-        return {name: dict(config[name]) for name in ("finetune", "contrast")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"finetune": {}, "contrast": {}}
+        return {name: dict(section) for name, section in config.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def asked_with(cfg: Config) -> tuple[str, ...]:
+    return cfg.eval.data or (INJECTIONS_TEST,)
 
 
 def test_rows(cfg: Config, source: Source) -> tuple[list[Triplet], list[Triplet]]:
     """(rows to test with, some of those that the model was trained on); refused where they share a prompt."""
     audit = Audit()
-    rows = list(read_triplets(cfg.contrast, cfg.eval.data, "eval.data", audit))
+    rows = list(read_triplets(cfg.contrast, asked_with(cfg), "eval.data", audit))
     for why, count in audit.dropped.items():
         print(f"{why:<9}  {count:,} rows left out ({'; '.join(audit.places[why])})")
     rows = spread(rows, cfg.eval.limit or len(rows))
     if not rows:
-        raise DataError(f"eval.data: {', '.join(cfg.eval.data)}: expected triplets, got none")
+        raise DataError(f"eval.data: {', '.join(asked_with(cfg))}: expected triplets, got none")
     if not source.is_recorded:
         print(f"note       {source.folder} does not say what it was trained on: taken to be contrast.train")
     if len({row.users for row in rows}) < len(rows):
@@ -238,11 +266,11 @@ def as_json(report: Report, source: Source, cfg: Config) -> dict[str, Any]:
         return {name: plain(part) for name, part in value._asdict().items()} if hasattr(value, "_asdict") else value
 
     return {
-        "suite": cfg.eval.suite,
+        "suite": "injection",
         "model": str(source.folder),
         "base": source.base,
         "trained_on": list(source.trained_on),
-        "data": list(cfg.eval.data),
+        "data": list(asked_with(cfg)),
         "cut": report.cut,
         "detectors": {**vars(report.calibration), "sound": report.calibration.sound},
         "acceptance": acceptance(report),
@@ -264,27 +292,147 @@ def as_json(report: Report, source: Source, cfg: Config) -> dict[str, Any]:
 
 
 def output_of(cfg: Config, source: Source) -> Path:
-    in_run = source.folder.parent.name == "checkpoints"
-    default = source.folder.parents[1] / "injection.json" if in_run else Path("injection.json")
-    path = default if cfg.eval.output is None else Path(cfg.eval.output)
-    if not path.parent.is_dir() or path.is_dir():
-        raise ConfigError(f"eval.output: expected a file in a folder that exists, got {path}")
-    return path
+    return figures_file(cfg, source.folder, "injection.json")
 
 
-SUITES = {"injection": run_suite}
-
-
-def main(argv: list[str]) -> None:
-    cfg = load_config(argv, "eval", usage="python eval.py [FILE.yaml] --ckpt SOURCE [--suite NAME] [--key=value ...]")
-    check(cfg)
+def injection_suite(cfg: Config) -> None:
     source = source_of(cfg)
     output = output_of(cfg, source)
-    report = SUITES[cfg.eval.suite](cfg, source)
+    report = run_suite(cfg, source)
     print(escape_terminal(table(report)))
     print(verdict_of(acceptance(report)))
     write_atomic(output, json.dumps(as_json(report, source, cfg), indent=1).encode())
     print(f"wrote {output}")
+
+
+# --- held-out text ----------------------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """What is predicted."""
+
+    windows: list[Batch]
+    what: str
+    seq_len: int
+
+
+def section(run: dict[str, dict[str, Any]], name: str, kind: type[Section]) -> Section:
+    """A section of a recorded configuration; a key that is younger than the run has its default."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in run.get(name, {}).items()}
+    try:
+        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"state.json: config: {name}: {error}") from None
+
+
+def text_of(cfg: Config, of: Finished) -> Text:
+    """The text that is named; else what the run that wrote the model was validated on; else that of `data`."""
+    run = recorded(of.folder)
+    tuned = bool(run.get("finetune", {}).get("base_ckpt"))
+    loop = section(run, "finetune", FinetuneConfig) if tuned else section(run, "train", TrainConfig)
+    context, limit = of.model.cfg.context, cfg.eval.limit
+    width = cfg.eval.seq_len or (loop.seq_len if run else min(context, WIDTH))
+    if width > context:
+        raise ConfigError(f"eval.seq_len: expected at most the model's context of {context}, got {width}")
+    most = loop.eval_tokens if limit is None and not cfg.eval.data else (limit or ALL) * width
+    rows = max(1, cfg.eval.batch_tokens // width)
+    if tuned and not cfg.eval.data:
+        return conversations(of, run, replace(loop, seq_len=width, batch_tokens=width * loop.rows), most, rows)
+    data, what = documents(cfg, run, of.folder)
+    try:
+        prepared = prepare(data, of.model.cfg.vocab_size, tokenizer=of.tokenizer)
+    except DataError as error:  # a mistake bears the name of the key that the person has set
+        raise DataError(str(error).replace("data.val: ", "eval.data: ", bool(cfg.eval.data))) from None
+    if prepared.train and PretrainBatches(prepared.train, width, 1, 0).fingerprint != trained_on(of.folder):
+        print("warning    the text of the run has changed since")
+    windows = eval_windows(prepared.val, width, most, rows=rows, isolate_documents=data.isolate_documents)
+    return Text(windows, what, width)
+
+
+def documents(cfg: Config, run: dict[str, dict[str, Any]], folder: Path) -> tuple[DataConfig, str]:
+    """(where the text is, as `data.val` or as what is held out of `data.train`; what to call it)"""
+    named = cfg.eval.data
+    if named:
+        expand(named, "eval.data")
+        # Training text that is streamed is not tokenised here, and none is wanted.
+        return replace(cfg.data, train=named, val=named, streaming=True), ", ".join(named)
+    if run:
+        data = replace(section(run, "data", DataConfig), cache_dir=cfg.data.cache_dir)
+        return data, f"validation text of {run_of(folder) or folder}"
+    return replace(cfg.data, streaming=True), f"held out of {', '.join(cfg.data.val or cfg.data.train)}"
+
+
+def trained_on(folder: Path) -> str | None:
+    """Fingerprint of the training text, as a run recorded it."""
+    return json.loads((folder / "state.json").read_bytes()).get("data")
+
+
+def conversations(of: Finished, run: dict[str, dict[str, Any]], loop: FinetuneConfig, most: int, rows: int) -> Text:
+    """What a fine-tuned model was validated on: answers alone, each after its conversation."""
+    what, width = f"validation data of {run_of(of.folder) or of.folder}", loop.seq_len
+    if loop.objective == "sft":
+        chats = prepare_chat(section(run, "chat", ChatConfig), of.tokenizer, width)
+        return Text(chat_windows(chats.val, width, most, rows=rows), what, width)
+    found = prepare_triplets(section(run, "contrast", ContrastConfig), of.tokenizer, width)
+    width = row_width(found.train, width, loop.rows, of.model.cfg.context)
+    return Text(triplet_windows(found.val, width, most, rows=rows), what, width)
+
+
+def heldout_suite(cfg: Config) -> None:
+    of = open_finished(cfg)
+    output = figures_file(cfg, of.folder, "heldout.json")
+    text = text_of(cfg, of)
+    found = measure_finished(of, text.windows, cfg.eval.calibrate)
+    print(escape_terminal(heldout_table(found, text)))
+    figures = {name: plain(each) for name, each in found.items()}
+    named = {"suite": "heldout", "data": text.what, "seq_len": text.seq_len, "calibrated": cfg.eval.calibrate}
+    write_atomic(output, json.dumps(record_of(cfg, of) | named | figures, indent=1).encode())
+    print(f"wrote {output}")
+
+
+def plain(found: Measured) -> dict[str, Any]:
+    """For JSON."""
+
+    def each(value: Any) -> Any:
+        return {"value": value.value, "standard_error": value.error} if isinstance(value, Estimate) else value
+
+    return {name: each(value) for name, value in found._asdict().items()}
+
+
+def heldout_table(found: dict[str, Measured], text: Text) -> str:
+    """Markdown: each figure with its standard error over rows of text."""
+    first = next(iter(found.values()))
+    size = f"{first.rows:,} rows of {text.seq_len:,} tokens, {first.tokens:,} of them predicted, {first.bytes:,} bytes"
+    lines = [
+        f"text       {text.what}: {size}",
+        "",
+        f"| ± standard error over rows | {' | '.join(found)} |",
+        "| --- |" + " --- |" * len(found),
+        f"| nats per token | {' | '.join(str(each.loss) for each in found.values())} |",
+        f"| perplexity | {' | '.join(str(each.perplexity) for each in found.values())} |",
+        f"| bits per byte | {' | '.join(str(each.bits_per_byte) for each in found.values())} |",
+    ]
+    if first.used is not None:
+        shares = " | ".join(f"{100 * each.used:.1f}" for each in found.values())
+        lines.append(f"| tokens that routed layers compute, % | {shares} |")
+    return "\n".join(lines)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+SUITES = {"heldout": heldout_suite, "injection": injection_suite}
+
+
+def main(argv: list[str]) -> None:
+    usage = "python eval.py [FILE.yaml] --ckpt SOURCE [--suite NAME] [--tasks NAMES] [--key=value ...]"
+    cfg = load_config(argv, "eval", usage=usage)
+    check(cfg)
+    asked = [SUITES[cfg.eval.suite]] if cfg.eval.suite else []
+    asked += [ask_tasks] if cfg.eval.tasks else []
+    if len(asked) > 1 and cfg.eval.output:
+        raise ConfigError("eval.output: expected one of suite and tasks, got both, each with a file of its own")
+    for ask in asked or [heldout_suite]:
+        ask(cfg)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,28 @@
-"""Held-out text: how well a model predicts it, the same figures for a run under way and for a finished model."""
+"""Held-out text: how well a model predicts it, the same figures for a run under way and for a finished model.
+
+`evaluate` is what the loop of train.py calls: sums over all ranks. `measure` is for a finished model on one device: the
+same figures, with standard errors, which need the loss of each row.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data import IGNORE, Batch, micro_batches
-from distributed import World, total
-from model import GPT
-from routing import mean_stats, routed_by
+from checkpoint import load_model, resolve
+from config import Config, ConfigError
+from data import IGNORE, Batch, micro_batches, token_bytes
+from distributed import World, pick_device, pick_dtype, total
+from model import GPT, LOGITS_PER_CHUNK
+from routing import RoutingConfig, mean_stats, routed_by
+from tokenizer import Tokenizer
 
 
 def share_of(windows: list[Batch], world: World) -> list[Batch]:
@@ -86,3 +97,143 @@ def evaluate_routed(
     for name in ("loss", "perplexity"):
         result |= {f"{name}_causal": result[name], f"{name}_topk": topk[name]}
     return result | {name: value for name, value in topk.items() if name.startswith("router/")}
+
+
+# --- a finished model -------------------------------------------------------------------------------------------------
+
+
+class Finished(NamedTuple):
+    """A model to be measured, computed as the runs of this project compute: weights as stored, under autocast."""
+
+    folder: Path
+    model: GPT
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    autocast: Any
+
+
+def open_finished(cfg: Config) -> Finished:
+    """The model of `eval.ckpt`, an adapter merged into its base."""
+    folder = source_folder(cfg)
+    device = pick_device(cfg.run.device)
+    dtype, _ = pick_dtype(cfg.run.dtype, device)
+    model, tokenizer = load_model(folder, device)
+    if tokenizer is None:
+        raise ConfigError(f"eval.ckpt: expected a model with a tokenizer, {folder} has none")
+    plain = dtype == torch.float32
+    autocast = nullcontext() if plain else torch.autocast(device.type, dtype)
+    return Finished(folder, model.float() if plain else model, tokenizer, device, dtype, autocast)
+
+
+def source_folder(cfg: Config) -> Path:
+    if cfg.eval.ckpt is None:
+        raise ConfigError("eval.ckpt: expected a run, a checkpoint or a Hugging Face folder, got nothing")
+    return resolve(cfg.eval.ckpt)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint is in, where it is in one."""
+    folder = checkpoint if len(checkpoint.parents) > 1 else checkpoint.resolve()
+    return folder.parents[1] if folder.parent.name == "checkpoints" else None
+
+
+def figures_file(cfg: Config, folder: Path, name: str) -> Path:
+    """Where figures go: the file that is named, else one in the run folder of a checkpoint, else in this folder."""
+    path = (run_of(folder) or Path()) / name if cfg.eval.output is None else Path(cfg.eval.output)
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(f"eval.output: expected a file in a folder that exists, got {path}")
+    return path
+
+
+class Scored(NamedTuple):
+    """Of each target [N], in their order."""
+
+    nats: Tensor
+    greedy: Tensor  # whether no token was likelier
+    stats: dict[str, Tensor]  # of routers
+
+
+@torch.no_grad()
+def token_losses(model: GPT, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Scored:
+    """tokens, targets [B, T], IGNORE where nothing is asked. At most LOGITS_PER_CHUNK logits exist at a time."""
+    at = (targets != IGNORE).flatten().nonzero().squeeze(1)
+    # Told that no logits are wanted, the model makes none; from the targets its routers know what is padding.
+    out = model(tokens, targets, documents=documents, at=at[:0])
+    rows = max(1, LOGITS_PER_CHUNK // model.cfg.vocab_size)
+    hidden, wanted = out.hidden.flatten(0, 1)[at], targets.flatten()[at]
+    nats, greedy = [], []
+    for part, ids in zip(hidden.split(rows), wanted.split(rows), strict=True):
+        logits = model.logits(part)
+        nats.append(F.cross_entropy(logits, ids, reduction="none"))
+        greedy.append(logits.argmax(-1) == ids)
+    return Scored(torch.cat(nats), torch.cat(greedy), out.stats)
+
+
+class Estimate(NamedTuple):
+    """A ratio of sums over rows, and its standard error; None where there is but one row."""
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+
+
+def ratio(over: Tensor, under: Tensor) -> Estimate:
+    """sum(over) / sum(under) of rows [R], drawn as wholes: the residuals of rows say how far it may be off."""
+    rows, value = len(over), float(over.sum() / under.sum().clamp(min=1))
+    if rows < 2:
+        return Estimate(value, None)
+    residuals = over - value * under
+    return Estimate(value, float((rows / (rows - 1) * residuals.square().sum()).sqrt() / under.sum().clamp(min=1)))
+
+
+class Measured(NamedTuple):
+    loss: Estimate  # nats per token
+    perplexity: Estimate
+    bits_per_byte: Estimate
+    tokens: int  # that were predicted
+    bytes: int  # of their text
+    rows: int
+    used: float | None  # share of the tokens that routed layers computed; None: no layer is routed
+
+
+def measure(model: GPT, windows: Sequence[Batch], bytes_of: Tensor, device: torch.device, autocast: Any) -> Measured:
+    """As `evaluate`, with standard errors over the rows of the windows."""
+    sums, used = [], 0.0
+    for window in windows:
+        (micro,) = micro_batches(window, len(window.tokens), device)
+        with autocast:
+            found = token_losses(model, micro.tokens, micro.targets, micro.documents)
+        kept = window.targets != IGNORE
+        row_of = kept.nonzero()[:, 0]
+        each = torch.stack((found.nats.cpu().double(), bytes_of[window.targets[kept]].double()), dim=1)
+        per_row = torch.zeros(len(kept), 2, dtype=torch.float64).index_add(0, row_of, each)
+        sums.append(torch.cat((per_row, kept.sum(1, keepdim=True)), dim=1))
+        used += float(mean_stats(found.stats).get("mean/selected_fraction", 0.0)) * len(row_of)
+    nats, sizes, counts = torch.cat(sums).unbind(1)
+    tokens = int(counts.sum())
+    loss, bits = ratio(nats, counts), ratio(nats / math.log(2), sizes)
+    perplexity = math.exp(min(loss.value, 700))
+    spread = None if loss.error is None else perplexity * loss.error
+    share = used / tokens if model.routing else None
+    return Measured(loss, Estimate(perplexity, spread), bits, tokens, int(sizes.sum()), len(nats), share)
+
+
+def measure_finished(of: Finished, windows: list[Batch], calibrating: bool = False) -> dict[str, Measured]:
+    """By name: `loss`; of a model with routers `loss_causal`, as it is used, and `loss_topk`, which looks ahead.
+
+    Thresholds stay as they are stored unless asked for otherwise: then they are set here, and not kept.
+    """
+    if calibrating and of.model.routing is None:
+        raise ConfigError(f"eval.calibrate: expected a model with routed layers, {of.folder} has none")
+    if calibrating:
+        tokens = of.model.routing.calibrate_tokens or RoutingConfig().calibrate_tokens
+        calibrate(of.model, windows, tokens, of.device, of.autocast)
+    asked = (windows, token_bytes(of.tokenizer), of.device, of.autocast)
+    if of.model.routing is None:
+        return {"loss": measure(of.model, *asked)}
+    causal = measure(of.model, *asked)
+    with routed_by(of.model, "topk"):
+        return {"loss_causal": causal, "loss_topk": measure(of.model, *asked)}

@@ -129,7 +129,8 @@ def apply_lora(model: nn.Module, cfg: LoraConfig) -> None:
         setattr(model.get_submodule(parent), child, LoRALinear(module, cfg))
     for module in saved.values():
         # In the CPU's memory: it is asked for by `without_lora` alone. No buffer, which would become a key on disk.
-        module.before_lora = {name: p.detach().to("cpu", copy=True) for name, p in _own(module)}
+        place = "meta" if any(p.is_meta for _, p in _own(module)) else "cpu"
+        module.before_lora = {name: p.detach().to(place, copy=True) for name, p in _own(module)}
         for _, parameter in _own(module):
             parameter.requires_grad_(True)
 

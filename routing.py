@@ -704,6 +704,8 @@ class DTFRouter(Surprising):
         valid = torch.ones_like(d_st, dtype=torch.bool) if ctx.valid is None else ctx.valid
         everything = torch.cat([history, d_st], dim=1)
         age, valid = torch.cat([earlier, age], dim=1), torch.cat([earlier >= 0, valid], dim=1)
+        if d_st.shape[1] == 1:  # while decoding, all of it is one window
+            return (everything * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
         return moving_average(everything, age, valid, self.routing.ma_window)[:, len(back) :]
 
 

@@ -105,6 +105,17 @@ class Tokenizer:
         parts = [pairs, self.pattern, "NFC" if self.nfc else None, sorted(self.special.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    @functools.cached_property
+    def named_bos(self) -> int | None:
+        """The BOS that the tokenizer's own files name, as transformers sees it. `bos_id` may be that of a generation
+        configuration: Qwen2.5 has one there, although its texts begin with none."""
+        files = self._files or {}
+        config, token_map = (
+            json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
+        named = _named_token("bos", config, token_map, {}, {})
+        return self.prefix[0] if named is None and self.prefix else self.special.get(named)
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`. `allow_special` turns the exact text of a control token into its id."""
         text = _without_surrogates(text)

@@ -46,6 +46,7 @@ from distributed import (
     whole,
     wrap,
 )
+from harness import ask_at_the_end, check_tasks
 from heldout import evaluate_routed
 from log import MetricLog, Peak, Speed, peak_of, say
 from model import GPT, IGNORE, Output, generate
@@ -602,7 +603,7 @@ def assemble(
     model.checkpoint_activations = loop.checkpoint_activations
     dtype, reason = pick_dtype(cfg.run.dtype, world.device)
     peak = peak or peak_of(world.device, dtype)
-    how = {"head": objective.head, "targets": batches.targets, "isolated": batches.isolated}
+    how = {"dtype": dtype, "head": objective.head, "targets": batches.targets, "isolated": batches.isolated}
     rows = micro_rows(cfg, model, loop, world, **how)
     announce(cfg, loop, world, model, batches, rows, f"{str(dtype).removeprefix('torch.')} ({reason})", peak, **how)
     return Trainer(
@@ -666,6 +667,7 @@ def run(
     Returns the exit code.
     """
     folder, started, changed = Path(cfg.run.dir), time.perf_counter(), None
+    check_tasks(cfg)
     stop = Stop()
     with stop.watching(), lock(folder) if world.is_main else nullcontext():
         source = main_first(world, lambda: starting_point(cfg))
@@ -679,6 +681,7 @@ def run(
                     sweep(folder, lambda text: say(f"warning: {text}"), source)  # what the last save left, if killed
                     if read_status(folder) != "done":  # killed between its last save and its last word
                         write_status(folder, "done", 0, "")
+                    ask_at_the_end(cfg)
                 return 0
         if world.is_main:
             write_atomic(folder / "config.yaml", dump(cfg).encode())
@@ -710,6 +713,8 @@ def run(
             say(f"done in {seconds:.0f} s{progress.told()}")
             say(f"wrote {folder}/: metrics.jsonl, samples.jsonl, checkpoints/ ({trainer.store.loaded_by})")
             say(f"next: {following}")
+    if world.is_main:
+        ask_at_the_end(cfg)
     return 0
 
 

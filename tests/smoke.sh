@@ -1,5 +1,5 @@
 #!/bin/sh
-# A new user's first minutes, in miniature: train, fine-tune, continue a text, export. Leaves nothing behind.
+# A new user's first minutes, in miniature: train, measure, fine-tune, continue a text, export. Leaves nothing behind.
 set -eu
 python=${1:-python}
 folder=$(mktemp -d)
@@ -7,6 +7,7 @@ trap 'rm -rf "$folder"' EXIT
 "$python" train.py --run.dir "$folder/run" --train.steps 20 --train.warmup_steps 2 --train.eval_tokens 4096 \
     --train.batch_tokens 1024 --train.sample_tokens 20
 "$python" infer.py --ckpt "$folder/run" --prompt "def " --max_new_tokens 20
+"$python" eval.py --ckpt "$folder/run"
 "$python" checkpoint.py export "$folder/run" "$folder/exported"
 "$python" checkpoint.py push "$folder/exported" me/model --dry_run
 "$python" infer.py --ckpt "$folder/exported" --prompt "import " --num_beams 3 --max_new_tokens 10

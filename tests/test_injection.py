@@ -447,6 +447,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def options(data: tuple[str, str], ckpt: Path, *more: str) -> list[str]:
     listed = [f"--ckpt={ckpt}", f"--eval.data={data[0]}", f"--contrast.train={data[1]}", "--run.device=cpu"]
+    listed += ["--suite=injection"]
     return [*listed, "--answer_tokens=6", *more]
 
 

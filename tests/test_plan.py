@@ -7,19 +7,24 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 
+import bench
 import plan
 import train
-from config import load_config
+from config import ConfigError, load_config
 from contrast import ProjectionHead
 from distributed import World
 from lora import LoraConfig, apply_lora
+from model import GPT, KVCache, ModelConfig
+from routing import RoutingConfig, build_model
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -134,3 +139,116 @@ def test_three_streams_and_the_head_are_counted():
     mask = 4 * 4 * cfg.seq_len**2 * model.cfg.num_hidden_layers
     assert found["activations"] == plain["activations"] + mask
     assert plan.memory_estimate(model, cfg, 12)["activations"] == 3 * plain["activations"]
+
+
+# --- what a forward keeps ---------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "narrow": ({"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}, 2, 128),
+    "long": ({"vocab_size": 1024, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 8}, 1, 256),
+    "many heads": ({"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}, 4, 64),
+}
+
+
+def kept_by_forward(
+    shape: dict[str, int], rows: int, width: int, dtype: torch.dtype, **loop: bool
+) -> tuple[float, ...]:
+    """(bytes that autograd keeps for the backward, parameters left out; the estimate of them)"""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": width}
+    model = GPT(ModelConfig(**shape, **heads)).train()
+    model.checkpoint_activations = loop.get("checkpoint_activations", False)
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(shape["vocab_size"], (rows, width))
+    autocast = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        loss = model(ids, ids).loss
+    assert loss.requires_grad  # held, or what it keeps would be gone
+    cfg = replace(load_config([], "train").train, seq_len=width, batch_tokens=rows * width, **loop)
+    parts = plan.memory_estimate(model, cfg, rows, dtype=dtype)
+    # Of logits, softmax and gradient one is there after the forward.
+    return sum(s.nbytes() for s in kept.values()), parts["activations"] + parts["copies"] + parts["logits"] / 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_and_copies_are_what_a_forward_keeps(name: str, dtype: torch.dtype):
+    """Half precision does not halve them: norms keep fp32, and autocast keeps a copy of each weight."""
+    found, estimate = kept_by_forward(*SHAPES[name], dtype)
+    assert estimate == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_computed_again_keeps_its_input_alone(dtype: torch.dtype):
+    shape, rows, width = SHAPES["narrow"]
+    of = [kept_by_forward(shape | {"num_hidden_layers": n}, rows, width, dtype, checkpoint_activations=True)[0]
+          for n in (2, 6)]  # fmt: skip
+    assert (of[1] - of[0]) / 4 == 4 * rows * width * shape["hidden_size"]
+
+
+# --- a run that may never happen --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dense", "mod", "dtf", "tdtf"])
+def test_the_cache_takes_the_bytes_that_are_announced(kind: str):
+    model = build_model(ModelConfig(**SHAPES["narrow"][0], num_attention_heads=4, num_key_value_heads=2,
+                                    max_position_embeddings=528), RoutingConfig(kind=kind, capacity=0.5))  # fmt: skip
+    bench.calibrate_on_noise(model.eval(), 512)
+    cache = KVCache(model.cfg, 1, torch.float32, length=512)
+    model(torch.randint(512, (1, 512)), cache=cache)
+    announced = plan.cache_bytes(model, 512, torch.float32)
+    assert cache.nbytes == pytest.approx(announced, rel=0 if kind == "dense" else 0.1)
+
+
+def printed(capsys: pytest.CaptureFixture, *argv: str) -> tuple[str, dict[str, Any]]:
+    bench.main(["memory", *argv])
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+def test_bench_memory_counts_what_it_does_not_allocate(capsys: pytest.CaptureFixture):
+    out, found = printed(capsys, "--preset=3B", "--on=cuda", "--fit=80GB")
+    assert found["parameters"] == 3_085_938_688
+    assert found["weights"] == 4 * found["parameters"]
+    assert found["optimizer"] == 8 * found["parameters"]
+    assert found["cache"] == 2 * 2 * 36 * 2 * 128 * 32_768  # bf16 keys and values of 36 layers, 2 heads of 128
+    assert found["fits"]
+    assert "which fits into 80 GB" in out
+
+
+def test_bench_memory_says_what_to_change_until_it_fits(capsys: pytest.CaptureFixture):
+    asked = ["--preset=0.5B", "--on=cuda", "--fit=7GB", "--batch_tokens=65536"]
+    _, found = printed(capsys, *asked, "--seq_len=1024")
+    assert not found["fits"]
+    assert found["until_it_fits"] == ["--train.checkpoint_activations", "--run.parallel fsdp on 2 devices"]
+    for ranks, fits in (("1", False), ("2", True)):  # what it advises is what it says of that run
+        told = ["--train.checkpoint_activations", "--run.parallel=fsdp", "--ranks", ranks, "--seq_len=1024"]
+        assert printed(capsys, *asked, *told)[1]["fits"] == fits
+    _, found = printed(capsys, "finetune", "--preset=1.5B", "--on=cuda", "--fit=24GB")
+    assert found["until_it_fits"][-1] == "--lora.rank 16"
+    out, found = printed(capsys, "--preset=3B", "--on=cuda", "--fit=2GB")
+    assert found["until_it_fits"] == []
+    assert "no more to change: with all this --preset 0.5B fits" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--fit", "24"], "--fit: expected a size such as 24GB or 16GiB, got '24'"),
+        (["--ranks", "0"], "--ranks: expected 1 or more, got 0"),
+        (["--ranks", "3"], "8 rows of 128 tokens a step cannot be shared by 3 ranks"),
+        (["--preset", "0.6B"], "--preset"),
+    ],
+)
+def test_bench_memory_refuses_in_one_line(argv: list[str], said: str):
+    with pytest.raises(ConfigError) as refused:
+        bench.main(["memory", *argv])
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
