@@ -306,7 +306,8 @@ def _figures(origin: Origin) -> Iterator[str]:
         yield "## Figures"
         yield "Loss in nats a token, on validation text.\n\n" + "\n".join(lines)
     for name, report in origin.reports.items():
-        figures = list(_leaves(report.get("scores") or report.get("results") or report))
+        nested = {name: part for name, part in report.items() if isinstance(part, dict)}  # bare numbers are settings
+        figures = list(_leaves(report.get("scores") or report.get("results") or nested))
         if figures:
             rows = [f"| {code(label)} | {value:.4g} |" for label, value in figures[:FIGURES_SHOWN]]
             of = f" of {code(Path(str(report['model'])).name)}" if report.get("model") else ""

@@ -234,6 +234,8 @@ def test_reports_of_evaluations_are_told(pretrained: Path, tmp_path: Path):
     scores = {"fine-tuned": {"all rows": {"attack_success": share_of}, "new family": {"attack_success": share_of}}}
     (run / "injection.json").write_text(json.dumps({"model": "/home/jane/x/step-8", "scores": scores, "answers": [1]}))
     (run / "harness.json").write_text(json.dumps({"results": {"arc": {"acc,none": 0.5}}, "config": {"limit": 3}}))
+    heldout = {"seed": 7777, "versions": {"torch": "2"}, "model": {"loss": {"value": 1.25, "standard_error": 0.5}}}
+    (run / "heldout.json").write_text(json.dumps(heldout | {"model": "x", "as used": heldout["model"]}))
     (run / "damaged.json").write_text("{")
     (run / "metrics.jsonl").write_text("{\n[]\n" + (run / "metrics.jsonl").read_text())
     checkpoint.main(["export", str(run), str(tmp_path / "out")])
@@ -243,6 +245,8 @@ def test_reports_of_evaluations_are_told(pretrained: Path, tmp_path: Path):
     assert "new family" not in text
     assert "| `arc, acc,none` | 0.5 |" in text
     assert "limit" not in text
+    assert "| `as used, loss` | 1.25 |" in text
+    assert "7777" not in text
 
 
 @pytest.mark.parametrize("name", ["base", "chat", "adapter", "local-adapter"])
