@@ -46,6 +46,10 @@ IMPORTS = {
     "infer": {"config", "model", "routing", "tokenizer", "checkpoint", "distributed"},
     "heldout": {"data", "distributed", "model", "routing"},
     "optim": {"config", "distributed", "routing"},
+    "plot": set(),
+    "pages": {"plot"},
+    "history": set(),
+    "report": {"checkpoint", "config", "history", "pages", "plot", "runfolder"},
     "log": {"config", "distributed", "model", "routing", "runfolder"},
     "plan": {"config", "distributed", "log", "model", "optim", "routing"},
     "train": {
@@ -63,6 +67,7 @@ IMPORTS = {
         "optim",
         "log",
         "plan",
+        "report",
         "routing",
     },
     "finetune": {
@@ -98,7 +103,7 @@ IMPORTS = {
 }
 # A file may read the configuration when it is itself the program.
 AS_PROGRAM = {("data", "config"), ("data", "triplets"), ("chat", "config"), ("checkpoint", "runfolder")}
-OPTIONAL = {"datasets", "wandb", "lm_eval", "matplotlib", "transformers", "huggingface_hub", "pyarrow", "zstandard"}
+OPTIONAL = {"datasets", "wandb", "lm_eval", "transformers", "huggingface_hub", "pyarrow", "zstandard"}
 
 
 def tree(module: str) -> ast.Module:
