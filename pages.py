@@ -71,7 +71,7 @@ h3{font-size:14px;margin:16px 0 6px}
 .about{color:var(--quiet);margin:5px 0 0;overflow-wrap:anywhere}
 .status{display:inline-block;font-size:13px;font-weight:600;border:1.5px solid var(--k);color:var(--k);
   border-radius:99px;padding:0 10px;margin-left:10px;vertical-align:4px}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:1px;background:var(--hair);
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:1px;background:var(--card);
   border:1px solid var(--hair);border-radius:9px;overflow:hidden;margin:16px 0 0;padding:0}
 .facts div{box-shadow:0 0 0 1px var(--hair);padding:9px 13px}
 dt,dd.beneath,.unit{color:var(--quiet);font-size:12.5px}
