@@ -72,7 +72,8 @@ def parameters(run: Run) -> str:
         }  # fmt: skip
     except (OSError, ValueError, TypeError, CheckpointError):
         return ""
-    return ", ".join(f"{short(n)} {what}" for n, what in zip(sizes.values(), ("", "in adapters"), strict=True) if n)
+    named = {" parameters": sizes["model"], " parameters of adapters": sizes["adapter_model"]}
+    return ", ".join(short(count) + what for what, count in named.items() if count)
 
 
 def facts(run: Run) -> list[tuple[str, str, str]]:
@@ -92,9 +93,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
             found.append((what, f"{100 * share:.3g} %", "of validation rows"))
     found.append(("steps", f"{steps:,}", f"of {planned:,} planned" if isinstance(planned, int) else ""))
     if len(tokens.y):
-        found.append(
-            ("tokens trained", short(float(tokens.y[-1])), parameters(run) and f"{parameters(run)} parameters")
-        )
+        found.append(("tokens trained", short(float(tokens.y[-1])), parameters(run)))
     rate, share = median(run.of("tokens_per_s")), median(run.of("mfu"))
     beneath = f"{short(rate)} tokens/s" + (f", MFU {100 * share:.3g} %" if math.isfinite(share) else "")
     found.append(("training time", duration(training_seconds(run)), beneath if math.isfinite(rate) else ""))
@@ -362,7 +361,7 @@ def provenance(run: Run) -> str:
         ["device", source.get("device") or f"{run.value('run.device') or 'not recorded'}"],
         ["ranks", source.get("ranks", "")],
         ["commit", source.get("commit") or "not recorded"],
-        ["changes on it", source.get("changes") or ""],
+        ["uncommitted (SHA-256)", source.get("changes") or ""],
         ["platform", source.get("platform", "")],
         ["versions", ", ".join(f"{k} {v}" for k, v in versions.items() if v) if isinstance(versions, dict) else ""],
         ["gone on after steps", ", ".join(f"{step:g}" for step in run.resumes)],
@@ -475,7 +474,7 @@ def overlaid(group: Group, metric: str, times: float, look: str) -> Iterator[Lin
         yield Line(group.name, *found[0], look=look, dots=dots)
         return
     steps, mean, sd = spread(found)
-    yield Line(f"{group.name}, mean ± sd", steps, mean, look=look, dots=dots, low=mean - sd, high=mean + sd)
+    yield Line(group.name, steps, mean, look=look, dots=dots, low=mean - sd, high=mean + sd)
 
 
 FIGURES: dict[str, Callable[[Run], float]] = {
@@ -496,7 +495,7 @@ def mean_and_sd(values: Iterable[float]) -> str:
     if not known:
         return ""
     mean = short(float(np.mean(known)), 5)
-    return f"{mean} ± {short(float(np.std(known, ddof=1)), 2)}" if len(known) > 1 else mean
+    return f"{mean}\u00a0±\u00a0{short(float(np.std(known, ddof=1)), 2)}" if len(known) > 1 else mean
 
 
 def comparison(runs: Sequence[Run]) -> str:

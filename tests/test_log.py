@@ -143,6 +143,15 @@ def test_the_flops_of_a_token_are_those_that_torch_counts():
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_the_memory_of_a_cpu_run_is_what_its_process_has_resident():
+    before = log.memory_mb(ALONE.device)
+    held = torch.ones(100_000_000 // 4)
+    after = log.memory_mb(ALONE.device)
+    kernel = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+    assert after == pytest.approx(int(kernel[0].split()[1]) * 1024 / 1e6, rel=0.02)
+    assert after - before == pytest.approx(held.nbytes / 1e6, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-40GB", 312),

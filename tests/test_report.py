@@ -444,7 +444,7 @@ def test_runs_that_differ_in_their_seed_become_mean_and_deviation(tmp_path: Path
     assert chart[0][0] == list(range(10, 61, 10))
     assert chart[0][1] == pytest.approx(expected, abs=1e-12)
     finals = [2.5 + 1 / 60 + seed / 100 for seed in (1, 2, 4)]
-    assert f"{statistics.mean(finals):.5g} ± {statistics.stdev(finals):.2g}" in page.text
+    assert f"{statistics.mean(finals):.5g}\u00a0±\u00a0{statistics.stdev(finals):.2g}" in page.text
     assert "run.seed1241" in page.text
     assert "train.lr0.0010.0010.0010.5" in page.text
     assert "train.steps0" not in page.text.partition("What differs")[2]
