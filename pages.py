@@ -107,6 +107,8 @@ th,td{text-align:left;padding:5px 13px;border-top:1px solid var(--grid);vertical
 tr:first-child>*{border-top:0}
 th{color:var(--quiet);font-weight:600}
 td:first-child{white-space:nowrap}
+.figures td{white-space:nowrap}
+.figures td:first-child{white-space:normal;min-width:130px}
 footer{max-width:1320px;margin:26px auto 0;padding:0 20px 30px;color:var(--quiet);font-size:12.5px}
 .shade span{border-radius:2px;box-decoration-break:clone;-webkit-box-decoration-break:clone}
 """
@@ -181,10 +183,11 @@ def card(chart: Chart, wide: bool = False) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = False) -> str:
+    """Of text, whose cells are broken where they must be; or of figures, which stay whole and scroll."""
     top = "<tr>" + "".join(f"<th>{safe(cell)}</th>" for cell in head) + "</tr>" if head else ""
     body = "".join("<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table>{top}{body}</table></div>'
+    return f'<div class="scroll{" figures" * figures}"><table>{top}{body}</table></div>'
 
 
 def block(title: str, inside: str, grid: bool = False) -> str:

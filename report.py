@@ -169,8 +169,8 @@ ROUTERS = [  # of each routed layer, and the baseline beside them
     Panel("Causal routers: accuracy", "% of tokens", {"causal_acc": "", "causal_acc_baseline": "knows the share alone"},
           times=100),
     Panel("Thresholds", "probability", {"threshold": ""}),
-    Panel("Penalties", "unweighted", {"train/causal_loss": "causal_loss", "train/mod_aux": "mod_aux",
-          "train/prior_loss": "prior_loss", "train/tpn_loss": "tpn_loss"}, log=True),
+    Panel("Penalties", "unweighted", {f"train/{name}": name for name in
+          ("causal_loss", "mod_aux_loss", "mod_z_loss", "prior_loss", "tpn_loss")}, log=True),
 ]  # fmt: skip
 ROUTER = re.compile(r"(val/)?router/([^/]+)/(.+)")
 
@@ -513,9 +513,9 @@ def comparison(runs: Sequence[Run]) -> str:
         "Comparison of " + ", ".join(run.name for run in runs),
         f"{len(runs)} runs; those that differ in their seed alone are told as mean ± standard deviation",
         [],
-        block("Figures", table(["group", *told], by_group))
+        block("Figures", table(["group", *told], by_group, figures=True))
         + block("Curves", charts or "<p>No step has been logged.</p>", grid=bool(charts))
-        + block("Each run", table(["run", "status", "steps", *told], by_run))
+        + block("Each run", table(["run", "status", "steps", *told], by_run, figures=True))
         + block("What differs", table(["key", *(run.name for run in runs)], [[k, *v] for k, v in differing.items()])
                 if differing else "<p>Nothing: the configurations are equal.</p>"),
     )  # fmt: skip

@@ -25,6 +25,7 @@ import report
 from config import run_script
 from history import read_run, rows_of, smoothed
 from plot import Scale, draw, safe, short, thinned, ticks
+from routing import RoutingConfig, penalty_weights
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -416,6 +417,12 @@ def test_unknown_metrics_are_drawn_too(tmp_path: Path):
     assert "1 other figures" in page.text or "other figure" in page.text
     assert "weather/rain" in page.text
     assert [list(range(1, 9)), [step / 2 for step in range(1, 9)]] in page.charts[-1]
+
+
+def test_every_penalty_of_a_router_has_its_curve():
+    drawn = {name for panel in report.ROUTERS for name in panel.names}
+    for kind in ("mod", "dtf", "tdtf"):
+        assert {f"train/{name}" for name in penalty_weights(RoutingConfig(kind=kind))} <= drawn
 
 
 def test_a_band_and_a_gap_are_drawn():
