@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+LARGEST = 1e100  # of what is drawn: beyond it is as good as infinite, and below its inverse nothing
 NAMES_AT_MOST = 2_000  # different metrics of a run: more are a mistake, and would not fit on a page
 
 
@@ -91,7 +92,7 @@ def numeric(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
-        return float(value) if math.isfinite(value) else math.nan
+        return math.nan if not abs(value) < LARGEST else float(value) if abs(value) > 1 / LARGEST else 0.0
     except OverflowError:
         return math.nan
 

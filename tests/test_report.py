@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import random
 import re
 import shutil
 import statistics
@@ -309,6 +310,25 @@ def test_what_is_torn_missing_or_null_is_left_out(tmp_path: Path):
         (run / "status.json").touch()  # which alone makes it a run, one that has not come far
         assert_inert(report.html_of(read_run(run)))
     assert "No step has been logged" in page_of(run).text
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_the_numbers_there_is_a_page(tmp_path: Path, seed: int):
+    rng = random.Random(seed)
+    strange = [0, -1, 1e-300, -1e-9, 1e99, -1e99, 1e308, -1e308, 10**400, None, "1", True, [], {}, 5e-324, 3.5]
+    names = ["loss", "lr", "grad_norm", "targets", "tokens_per_s", "mfu", "skipped", "val/loss", "val/bits_per_byte",
+             "router/1/causal_bce", "router/mean/causal_bce", "val/utility", "x"]  # fmt: skip
+    run = write_run(tmp_path / "run")
+    few = rng.sample(strange, rng.randint(1, 4))
+    rows = []
+    for step in range(rng.choice([1, 2, 3, 90])):
+        figures = {name: rng.choice(few) for name in names if rng.random() < 0.7}
+        rows.append({"step": rng.choice([step, step, rng.choice(strange)])} | figures)
+    write_rows(run / "metrics.jsonl", rows)
+    page = assert_inert(report.html_of(read_run(run)))
+    assert not re.search(r"\b(nan|inf)\b", " ".join(str(v) for _, _, v in page.attributes), re.IGNORECASE)
+    assert_inert(report.comparison([read_run(run), read_run(run)]))
+    ElementTree.fromstring(report.picture(read_run(run)))
 
 
 def test_of_a_step_that_stands_twice_the_later_row_counts(tmp_path: Path):
