@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,10 +167,10 @@ def prepared(model: GPT, cfg: Config, base: str, base_hash: str) -> tuple[dict[s
     return weights, AdapterOnly(lora, base, base_hash) if lora.rank else whole_model
 
 
-def answer(prompt: list[int]) -> Callable[[Trainer], str]:
+def answer(prompt: list[int]) -> Callable[[Trainer], dict[str, Any]]:
     """A sampler: what the model answers to a prompt."""
 
-    def sample(trainer: Trainer) -> str:
+    def sample(trainer: Trainer) -> dict[str, Any]:
         ids = prompt[-(trainer.model.cfg.context - 1) :]
         return written(trainer, ids, sorted(trainer.tokenizer.stop_ids))
 

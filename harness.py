@@ -351,18 +351,23 @@ def check_tasks(cfg: Config) -> None:
         find_tasks(cfg.eval.task_names, cfg.eval.include_path)
 
 
-def ask_at_the_end(cfg: Config) -> None:
-    """Ask eval.tasks of the best checkpoint of a run, unless that is done. Whatever happens, the run is finished."""
+def ask_at_the_end(cfg: Config) -> bool:
+    """Ask eval.tasks of the best checkpoint of a run, unless that is done; returns whether there are new figures.
+
+    Whatever happens, the run is finished.
+    """
     if not cfg.eval.tasks:
-        return
+        return False
     try:
         folder = resolve(cfg.run.dir)
         if already_asked(cfg, folder):
             say(f"tasks      {cfg.run.dir}/tasks.json has them")
-            return
+            return False
         ask_tasks(replace(cfg, eval=replace(cfg.eval, ckpt=str(folder), output=None)))
     except Exception as error:
         say(f"warning: eval.tasks: not evaluated: {type(error).__name__}: {' '.join(str(error).split()):.300}")
+        return False
+    return True
 
 
 def already_asked(cfg: Config, folder: Path) -> bool:

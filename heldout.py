@@ -96,7 +96,8 @@ def evaluate_routed(
         topk = evaluate(model, windows, bytes_of, world, autocast)
     for name in ("loss", "perplexity"):
         result |= {f"{name}_causal": result[name], f"{name}_topk": topk[name]}
-    return result | {name: value for name, value in topk.items() if name.startswith("router/")}
+    thresholds = {f"router/{n}/threshold": float(r.causal_router.threshold) for n, r in model.routers.items()}
+    return result | {name: value for name, value in topk.items() if name.startswith("router/")} | thresholds
 
 
 # --- a finished model -------------------------------------------------------------------------------------------------

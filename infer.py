@@ -22,7 +22,7 @@ from config import Config, ConfigError, check, load_config, run_script
 from distributed import pick_device, pick_dtype
 from model import RequestError, Sampling, generate, stream
 from routing import tokens_used
-from tokenizer import StreamDecoder, Tokenizer, escape_terminal, render_chat
+from tokenizer import StreamDecoder, Tokenizer, escape_terminal, pieces_of, render_chat
 
 RUNS = Path("runs")
 CHAT_HELP = "Ctrl-D ends, /reset forgets the conversation, Ctrl-C cuts an answer short"
@@ -174,16 +174,6 @@ def shaded(pieces: Sequence[tuple[str, int]], layers: int, colour: bool) -> str:
     return out
 
 
-def text_pieces(session: Session, ids: Sequence[int]) -> list[tuple[str, int]]:
-    """(text, how many routed layers computed it) of tokens; bytes of one character go with the last of them."""
-    decoder, pieces = StreamDecoder(session.tokenizer, ()), []
-    used = tokens_used(session.model, ids)
-    for token, count in zip(ids, used, strict=True):
-        pieces.append((decoder.feed([token]), count))
-    pieces.append((decoder.flush(), used[-1]))
-    return [piece for piece in pieces if piece[0]]
-
-
 def show_routing(session: Session, prompts: list[str]) -> None:
     layers, colour = len(session.model.routers), sys.stdout.isatty()
     if not layers:
@@ -192,9 +182,10 @@ def show_routing(session: Session, prompts: list[str]) -> None:
         start = session.prompt_ids(prompt)
         how = {name: getattr(session.sampling, name) for name in Sampling.__dataclass_fields__}
         (ids,) = generate(session.model, [start], decode=session.tokenizer.decode, **how)
-        pieces = text_pieces(session, ids)
+        counts = tokens_used(session.model, ids)
+        pieces = [piece for piece in zip(pieces_of(session.tokenizer, ids), counts, strict=True) if piece[0]]
         sys.stdout.write(shaded(pieces, layers, colour) + "\n")
-        used = sum(tokens_used(session.model, ids)) / (layers * len(ids))
+        used = sum(counts) / (layers * len(ids))
         legend = shaded([(f" {n} ", n) for n in range(layers + 1)], layers, sys.stderr.isatty())
         sys.stderr.write(f"of {layers} routed layers: {legend}\n")
         say(f"{len(ids)} tokens; routed layers computed {100 * used:.1f} % of them")

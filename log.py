@@ -4,6 +4,11 @@ MFU, model FLOP utilisation, is FLOPs a token x tokens a second / peak. The FLOP
 the model needs (`model.flops_per_token`): recomputed activations do not count, nor do embeddings that are looked up.
 Attention counts once with the half of its scores that causality needs, and once in full, as many papers have it. The
 peak is the device's data sheet (dense, in the dtype that computes), or on a CPU and an Apple GPU a measured product.
+
+metrics.jsonl has a row for each step: `loss` (nats a target), `grad_norm` (before clipping), `lr`, `targets` (how many
+are trained), `skipped`, `epoch`, `cursor` and `batch_sha` (which batch it was), and what the objective adds (`task`,
+`contrast/*`, `train/*`, `router/LAYER/*`). The last row of each interval also has `tokens_per_s` (targets a second of
+training), `mfu`, `mfu_full` and `memory_mb`. An evaluation is a row of its own, with `val/*`; so is a resume (`event`).
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import json
 import math
 import os
 import re
+import resource
 import secrets
 import sys
 import time
@@ -104,6 +110,18 @@ class Speed(NamedTuple):
         return flops_per_s / self.peak if self.peak else None
 
 
+def memory_mb(device: torch.device) -> float:
+    """What a run takes, in 10^6 bytes: of a GPU's memory (CUDA: the most so far), else what is resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e6
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:  # no Linux: the most so far, in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
 def percent(share: float | None) -> str:
     return "n/a" if share is None else f"{100 * share:.1f}%"
 
@@ -141,7 +159,7 @@ class MetricLog:
 
     def __init__(self, cfg: Config, loop: TrainConfig, folder: Path, first: int, speed: Speed, world: World):
         self.steps, self.skip_limit, self.positions = loop.steps, loop.skip_limit, loop.batch_tokens
-        self.speed, self.main = speed, world.is_main
+        self.speed, self.main, self.device = speed, world.is_main, world.device
         self.path = folder / "metrics.jsonl"
         self.waiting: list[dict[str, Any]] = []
         self.skipped, self.done = 0, first
@@ -165,7 +183,7 @@ class MetricLog:
         rows = [{key: plain(value) for key, value in row.items()} for row in self.waiting]
         seconds = time.perf_counter() - self.clock - self.paused
         rows[-1]["tokens_per_s"] = sum(row["targets"] for row in rows) / seconds
-        rows[-1] |= self.speed.metrics(len(rows) * self.positions / seconds)
+        rows[-1] |= self.speed.metrics(len(rows) * self.positions / seconds) | {"memory_mb": memory_mb(self.device)}
         self.done = rows[-1]["step"]
         if self.main:
             self._write(rows)
@@ -179,17 +197,17 @@ class MetricLog:
         if self.main:
             self._write([{key: plain(value) for key, value in row.items()}])
 
-    def sample(self, step: int, text: str) -> None:
+    def sample(self, step: int, text: str, **more: Any) -> None:
         if self.main:
             with (self.path.parent / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "text": text}) + "\n")
+                file.write(json.dumps({"step": step, "text": text, **more}) + "\n")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb is not None:
-            for row in rows:
-                self.wandb.log({key: value for key, value in row.items() if key != "batch_sha"}, step=row["step"])
+            for row in rows:  # without `step=`: wandb drops rows of steps that it has seen, which a resume repeats
+                self.wandb.log({key: value for key, value in row.items() if key != "batch_sha"})
 
     def _tell(self, row: dict[str, Any], seconds_left: float) -> None:
         loss = "n/a" if row["loss"] is None else f"{row['loss']:.4f}"
@@ -237,7 +255,7 @@ def start_wandb(cfg: Config, folder: Path) -> Any:
     note = folder / "wandb-id"
     if not note.exists():
         write_atomic(note, secrets.token_hex(8).encode())
-    return wandb.init(
+    run = wandb.init(
         project=log.project,
         name=log.name or folder.name,
         id=note.read_text().strip(),
@@ -247,3 +265,5 @@ def start_wandb(cfg: Config, folder: Path) -> Any:
         config=asdict(cfg),
         settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
     )
+    run.define_metric("*", step_metric="step")
+    return run

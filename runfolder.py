@@ -243,11 +243,11 @@ def _delete(path: Path) -> None:
 
 
 def clear(run: Path) -> None:
-    """Make room for a new run in the folder of an old one: its checkpoints, metrics and samples go."""
+    """Make room for a new run in the folder of an old one: its checkpoints, metrics, samples and report go."""
     with disk_errors(run):
         if (run / "checkpoints").exists():
             _delete(run / "checkpoints")
-        for name in ("metrics.jsonl", "samples.jsonl", "wandb-id"):
+        for name in ("metrics.jsonl", "samples.jsonl", "report.html", "wandb-id"):
             (run / name).unlink(missing_ok=True)
 
 

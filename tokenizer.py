@@ -259,6 +259,13 @@ class StreamDecoder:
         return 0
 
 
+def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each id; bytes of one character go with the last of them. Joined they are the printable text."""
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.feed([token]) for token in ids]
+    return [*pieces[:-1], pieces[-1] + decoder.flush()] if pieces else []
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """A tokenizer by name (bytes, gpt2, cl100k_base, o200k_base) or from a folder with a tokenizer.json."""
     if source == "bytes":

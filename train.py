@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import report
 from chat import ChatBatches
 from checkpoint import load_model, write_folder
 from config import Config, ConfigError, TrainConfig, check, dump, exit_code_of, load_config, run_script
@@ -35,6 +36,7 @@ from distributed import (
     World,
     any_rank,
     barrier,
+    name_of,
     pick_dtype,
     ranks,
     spread_like,
@@ -52,7 +54,7 @@ from log import MetricLog, Peak, Speed, peak_of, say
 from model import GPT, IGNORE, Output, generate
 from optim import Optimizers, Plateau, lr_at, parameter_groups
 from plan import announce, micro_rows
-from routing import at_step, build_model, mean_stats, penalty_weights
+from routing import at_step, build_model, mean_stats, penalty_weights, tokens_used
 from runfolder import (
     check_disk,
     clear,
@@ -70,7 +72,7 @@ from runfolder import (
     write_atomic,
     write_status,
 )
-from tokenizer import Tokenizer, escape_terminal
+from tokenizer import Tokenizer, escape_terminal, pieces_of
 from triplets import TripletBatches
 
 SECTIONS = ("run", "model", "routing", "data", "train")  # of the configuration, which decide what comes out of train.py
@@ -262,7 +264,7 @@ class Trainer(NamedTuple):
     batches: Batches
     windows: list[Batch]  # to validate on
     bytes_of: Tensor  # of each id
-    sample: Callable[[Trainer], str]  # what the model writes now; all ranks call it
+    sample: Callable[[Trainer], dict[str, Any]]  # what the model writes now, for samples.jsonl; all ranks call it
     rows: int  # of a micro-batch
     autocast: Any
     scaler: torch.amp.GradScaler
@@ -389,22 +391,26 @@ def show_progress(trainer: Trainer, log: MetricLog, progress: Progress) -> None:
     say(f"step {step} val/loss {result['loss']:.4f} perplexity {result['perplexity']:.2f} "
         f"bits per byte {result['bits_per_byte']:.4f}{beside}")  # fmt: skip
     if trainer.loop.sample_tokens:
-        text = trainer.sample(trainer)
-        log.sample(step, text)
-        say("  | " + escape_terminal(text).replace("\n", "\n  | "))
+        sample = trainer.sample(trainer)
+        log.sample(step, **sample)
+        say("  | " + escape_terminal(sample["text"]).replace("\n", "\n  | "))
 
 
-def written(trainer: Trainer, prompt: list[int], eos: int | list[int]) -> str:
-    """How the model goes on from a prompt, control tokens left out."""
+def written(trainer: Trainer, prompt: list[int], eos: int | list[int]) -> dict[str, Any]:
+    """How the model goes on from a prompt, control tokens left out; of a routed one also what computed each token."""
     model, tokenizer = trainer.model, trainer.tokenizer
     length = min(trainer.loop.sample_tokens, model.cfg.context - len(prompt))
     params = {"max_new_tokens": length, "temperature": 0.8, "top_p": 0.95, "seed": trainer.cfg.run.seed}
     banned = range(tokenizer.n_vocab, model.cfg.vocab_size)  # ids that stand for nothing
     (ids,) = generate(model, [prompt], eos=eos, banned=banned, **params)
-    return tokenizer.decode(ids[len(prompt) :], skip_special=True)
+    sample: dict[str, Any] = {"text": tokenizer.decode(ids[len(prompt) :], skip_special=True)}
+    if model.routing is not None:  # prompt and text, each piece with how many of the routed layers computed it
+        pieces = zip(pieces_of(tokenizer, ids), tokens_used(model, ids), strict=True)
+        sample |= {"layers": len(model.routers), "pieces": [piece for piece in pieces if piece[0]]}
+    return sample
 
 
-def sample_document(trainer: Trainer) -> str:
+def sample_document(trainer: Trainer) -> dict[str, Any]:
     """The beginning of a document."""
     eos = trainer.tokenizer.eos_id  # what a document begins after
     return written(trainer, [eos], eos)
@@ -593,7 +599,7 @@ def assemble(
     tokenizer: Tokenizer,
     batches: Batches,
     windows: list[Batch],
-    sample: Callable[[Trainer], str],
+    sample: Callable[[Trainer], dict[str, Any]],
     store: WholeModel,
     peak: Peak | None = None,
     exam: Exam | None = None,
@@ -681,11 +687,13 @@ def run(
                     sweep(folder, lambda text: say(f"warning: {text}"), source)  # what the last save left, if killed
                     if read_status(folder) != "done":  # killed between its last save and its last word
                         write_status(folder, "done", 0, "")
-                    ask_at_the_end(cfg)
+                    if ask_at_the_end(cfg):
+                        report.attempt(folder)
                 return 0
         if world.is_main:
             write_atomic(folder / "config.yaml", dump(cfg).encode())
-            write_atomic(folder / "source.json", json.dumps(source_record(), indent=2).encode())
+            record = source_record() | {"device": name_of(world.device), "ranks": world.size}
+            write_atomic(folder / "source.json", json.dumps(record, indent=2).encode())
             write_status(folder, "running", 0, "")
         try:
             trainer = build(cfg, world)
@@ -701,20 +709,23 @@ def run(
                 code = exit_code_of(error)
                 status = "preempted" if code == PREEMPTED else "failed"
                 write_status(folder, status, code, str(error) or type(error).__name__)
+                report.attempt(folder)
             raise
         if not progress.over:
             say(f"stopped by a signal after step {progress.step}, saved; the same command goes on")
             if world.is_main:
                 write_status(folder, "preempted", PREEMPTED, f"signal after step {progress.step}")
+                report.attempt(folder)
             return PREEMPTED
         if world.is_main:
             write_status(folder, "done", 0, "")
             seconds = time.perf_counter() - started
+            report.attempt(folder)
             say(f"done in {seconds:.0f} s{progress.told()}")
-            say(f"wrote {folder}/: metrics.jsonl, samples.jsonl, checkpoints/ ({trainer.store.loaded_by})")
+            say(f"wrote {folder}/: report.html, metrics.jsonl, samples.jsonl, checkpoints/ ({trainer.store.loaded_by})")
             say(f"next: {following}")
-    if world.is_main:
-        ask_at_the_end(cfg)
+    if world.is_main and ask_at_the_end(cfg):
+        report.attempt(folder)
     return 0
 
 

@@ -55,6 +55,10 @@ IMPORTS = {
     "heldout": {"checkpoint", "config", "data", "distributed", "model", "routing", "tokenizer"},
     "harness": {"checkpoint", "config", "data", "heldout", "log", "model", "runfolder", "tokenizer"},
     "optim": {"config", "distributed", "routing"},
+    "plot": set(),
+    "pages": {"plot"},
+    "history": set(),
+    "report": {"checkpoint", "config", "history", "pages", "plot", "runfolder"},
     "log": {"config", "distributed", "model", "routing", "runfolder"},
     "plan": {"config", "distributed", "log", "lora", "model", "optim", "routing"},
     "train": {
@@ -73,6 +77,7 @@ IMPORTS = {
         "optim",
         "log",
         "plan",
+        "report",
         "routing",
     },
     "finetune": {
@@ -112,7 +117,6 @@ OPTIONAL = {
     "datasets",
     "wandb",
     "lm_eval",
-    "matplotlib",
     "transformers",
     "huggingface_hub",
     "gguf",

@@ -143,6 +143,15 @@ def test_the_flops_of_a_token_are_those_that_torch_counts():
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_the_memory_of_a_cpu_run_is_what_its_process_has_resident():
+    before = log.memory_mb(ALONE.device)
+    held = torch.ones(100_000_000 // 4)
+    after = log.memory_mb(ALONE.device)
+    kernel = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+    assert after == pytest.approx(int(kernel[0].split()[1]) * 1024 / 1e6, rel=0.02)
+    assert after - before == pytest.approx(held.nbytes / 1e6, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-40GB", 312),
@@ -187,32 +196,78 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(tmp_path: Path, capfd: pyte
 
 
 WANDB = """
-import sys
+import math, sys
 from pathlib import Path
 import test_log
 for first in (0, 2):
     cfg = test_log.config("--log.wandb=offline", "--log.project=here")
     with test_log.metric_log(Path(sys.argv[1]), first, cfg).open() as opened:
+        if first:
+            opened.event(step=first, event="resume", versions={}, changed=None)
         for step in (first + 1, first + 2):
-            opened.add(**test_log.row(step))
+            opened.add(**test_log.row(step, loss=math.nan if step == 3 else 1 / step))
         opened.flush()
+        opened.event(step=step, **{"val/loss": 0.1 * step, "val/router/mean/used": 1 / 3})
 print("wandb imported", "wandb" in sys.modules)
 """
 
 
-def test_wandb_offline_gets_the_same_rows_and_goes_on_with_the_same_run(tmp_path: Path):
-    secret = "0123456789abcdef" * 2 + "canary00"
-    env = {**os.environ, "WANDB_API_KEY": secret, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", WANDB, str(tmp_path)], capture_output=True, text=True, env=env)
+def wandb_history(file: Path) -> list[dict]:
+    """What wandb has put down of each `log` call: its records, in the blocks of a LevelDB log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, part, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        part, at = part + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            record, part = Record.FromString(part), b""
+            if record.history.item:
+                found.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    return found
+
+
+WANDB_SECRET = "0123456789abcdef" * 2 + "canary00"
+
+
+@pytest.fixture(scope="module")
+def sittings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(the folder of a run in two sittings with wandb offline, what it said)"""
+    folder = tmp_path_factory.mktemp("wandb")
+    env = {**os.environ, "WANDB_API_KEY": WANDB_SECRET, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HOME": str(folder)}
+    done = subprocess.run([sys.executable, "-c", WANDB, str(folder)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    run_id = (tmp_path / "wandb-id").read_text()
-    files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+    return folder, done.stdout + done.stderr
+
+
+def test_wandb_offline_gets_the_same_rows_and_goes_on_with_the_same_run(sittings: tuple[Path, str]):
+    folder, said = sittings
+    run_id = (folder / "wandb-id").read_text()
+    files = list((folder / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
     assert len(files) == 2  # two sittings of one run
     assert b"grad_norm" in files[0].read_bytes()
-    assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4]
-    for path in tmp_path.rglob("*"):
-        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
-    assert secret not in done.stdout + done.stderr
+    assert [r["step"] for r in rows(folder) if "loss" in r] == [1, 2, 3, 4]
+    for path in folder.rglob("*"):
+        assert not path.is_file() or WANDB_SECRET.encode() not in path.read_bytes(), path
+    assert WANDB_SECRET not in said
+
+
+def test_wandb_offline_holds_every_number_of_each_row_also_after_a_resume(sittings: tuple[Path, str]):
+    """It used to get the step from us, and then merged an evaluation into its step and dropped what came again."""
+    folder, _ = sittings
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    told = [entry for file in files for entry in wandb_history(file)]
+
+    def numbers(row: dict) -> dict:
+        return {k: v for k, v in row.items() if not k.startswith("_") and (v is None or isinstance(v, (int, float)))}
+
+    assert [numbers(entry) for entry in told] == [numbers(row) for row in rows(folder)]
+    assert len(told) == 7
+    assert told[3]["event"] == "resume"
+    assert [row["loss"] for row in told if "loss" in row] == [1.0, 0.5, None, 0.25]
 
 
 def test_wandb_is_not_imported_unless_asked(tmp_path: Path):

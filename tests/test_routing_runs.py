@@ -220,8 +220,9 @@ def test_inv_21_a_checkpoint_is_the_model(done: tuple[str, Path]):
     hf = json.loads((at / "config.json").read_text())
     assert hf["model_type"] == "nanoqwen"
     assert gpt.routing == again.routing == RoutingConfig(**{**hf["routing"], "layers": ()})
+    told = [row for row in runs.lines(run / "metrics.jsonl") if "val/loss" in row][-1]
     for router in again.routers.values():
-        assert float(router.causal_router.threshold) != 0.5
+        assert float(router.causal_router.threshold) == told[f"val/router/{router.layer}/threshold"] != 0.5
         if kind != "mod":
             expected = model(kind, beta_mode="linear")
             at_step(expected, 19, 20)

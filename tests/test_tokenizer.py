@@ -29,6 +29,7 @@ from tokenizer import (
     Tokenizer,
     escape_terminal,
     load_tokenizer,
+    pieces_of,
     render_chat,
     train_tokenizer,
 )
@@ -533,6 +534,19 @@ def test_streaming_equals_decode_for_every_chunking(small: Tokenizer) -> None:
         assert stream(small, ids, [], rng) == (small.decode(ids), False)
         noise = [rng.choice([rng.randrange(256), 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 256]) for _ in range(30)]
         assert stream(raw, noise, [], rng)[0] == raw.decode(noise, skip_special=True)
+
+
+def test_pieces_are_one_for_each_id_and_together_the_text(small: Tokenizer) -> None:
+    rng = random.Random(3)
+    for text in random_texts(100, seed=4):
+        ids = small.encode(text)
+        pieces = pieces_of(small, ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == small.decode(ids)
+    noise = [rng.randrange(257) for _ in range(200)]
+    assert "".join(pieces_of(load_bytes(), noise)) == load_bytes().decode(noise, skip_special=True)
+    assert pieces_of(load_bytes(), list("é".encode())) == ["", "é"]
+    assert pieces_of(load_bytes(), []) == []
 
 
 def test_stop_strings_equal_a_brute_force_search(small: Tokenizer) -> None:
