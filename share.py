@@ -11,7 +11,6 @@ option, and is written nowhere.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -40,6 +39,7 @@ from checkpoint import (
 )
 from config import ConfigError, one_line
 from gguf_export import write_gguf
+from history import json_of, rows_of
 from model import GPT
 from parity import parity, show_parity
 from published import OWN_TYPE, CheckpointError, model_type
@@ -84,33 +84,9 @@ def origin_of(folder: Path) -> Origin:
         return Origin({}, {}, [], {})
     run = folder.parents[1]
     files = [file for file in sorted(run.glob("*.json")) if file.name not in ("source.json", "status.json")]
-    reports = {file.name: found for file in files if (found := _object(file))}
-    return Origin(_object(folder / "state.json"), _object(run / "source.json"), _rows(run / "metrics.jsonl"), reports)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """The contents of a JSON file; nothing where it is none: a card says what is legible."""
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            found.append(row)
-    return found
+    reports = {file.name: found for file in files if (found := json_of(file))}
+    rows = [row for row in rows_of(run / "metrics.jsonl") if type(row.get("step")) is int]
+    return Origin(json_of(folder / "state.json"), json_of(run / "source.json"), rows, reports)
 
 
 # --- text from elsewhere ----------------------------------------------------------------------------------------------
@@ -375,7 +351,7 @@ def _lineage(folder: Path, origin: Origin, adapter: Adapter | None, parents: lis
 
 
 def _file_hash(folder: Path, adapter: Adapter | None) -> str:
-    files = _object(folder / "manifest.json").get("files") or {}
+    files = json_of(folder / "manifest.json").get("files") or {}
     found = (files.get(ADAPTER_WEIGHTS if adapter else "model.safetensors") or {}).get("sha256")
     return f", {'adapter' if adapter else 'file'} `{found}`" if found else ""
 

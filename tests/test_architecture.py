@@ -32,7 +32,17 @@ IMPORTS = {
     "runfolder": {"checkpoint", "config", "model", "tokenizer"},
     "parity": {"checkpoint", "model", "published", "tokenizer"},
     "gguf_export": {"checkpoint", "model", "published", "tokenizer"},
-    "share": {"checkpoint", "config", "gguf_export", "model", "parity", "published", "runfolder", "tokenizer"},
+    "share": {
+        "checkpoint",
+        "config",
+        "gguf_export",
+        "history",
+        "model",
+        "parity",
+        "published",
+        "runfolder",
+        "tokenizer",
+    },
     "injection": {"chat", "contrast", "model", "tokenizer", "triplets"},
     "eval": {
         "chat",

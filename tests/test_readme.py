@@ -48,10 +48,23 @@ LITTLE = {
     ("eval", "limit"): "8",
     ("eval", "answer_tokens"): "4",
 }
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {file}}}}}
+output_type: multiple_choice
+validation_split: validation
+fewshot_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
 # What would take long, or come from the network: (pattern, what is run in its place)
 SHORTER = [
     (r"--(train\.)?steps \d+", r"--\1steps 2"),
     (r"step-00000800", "step-00000004"),
+    (r"--tasks hellaswag,arc_easy", "--tasks mine --include_path tasks"),
     (r"--data\.tokenizer gpt2", "--data.tokenizer bytes"),
     (r"(checkpoint\.py push .*?)( --dry_run)?$", r"\1 --dry_run"),
     (r"bench\.py routing --quality", "bench.py routing --quality --kinds mod --seeds 1"),
@@ -108,7 +121,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, home / name)
     (home / "config.yaml").write_text(little((ROOT / "config.yaml").read_text(encoding="utf-8")), encoding="utf-8")
-    for folder in ("text", "notes", "chats"):
+    for folder in ("text", "notes", "chats", "tasks"):
         (home / folder).mkdir()
     sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
     for source in sources:
@@ -118,6 +131,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / "notes" / f"{number}.md").write_text(text)
     rows = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(40)]
     (home / "chats" / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "tasks" / "mine.yaml").write_text(TASK.format(file=home / "tasks" / "rows.jsonl"))
+    questions = [{"question": f"{n} and {n}?", "choices": [" much", f" {2 * n}"], "label": 1} for n in range(6)]
+    (home / "tasks" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     tokenizer = train_tokenizer([source.read_text() for source in sources[:6]], 600)
     for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"):
         published(home / name, tokenizer)
