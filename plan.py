@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch import nn
 from config import Config, TrainConfig
 from distributed import World, least
 from log import Peak, say
-from lora import apply_lora
-from model import GPT, LOGITS_PER_CHUNK
+from lora import LoraConfig, apply_lora
+from model import GPT, LOGITS_PER_CHUNK, ModelConfig
 from optim import parameter_groups
-from routing import build_model, flops_per_token
+from routing import RoutingConfig, build_model, flops_per_token
 
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
@@ -183,6 +184,16 @@ def announce(
 # --- a run that may never happen --------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4)
+def _on_paper(model_cfg: ModelConfig, routing: RoutingConfig, lora: LoraConfig | None) -> GPT:
+    """Shapes alone. Most changes leave the model as it is, and one of 3 B parameters takes a second to put up."""
+    with torch.device("meta"):
+        model = build_model(model_cfg, routing)
+        if lora is not None:
+            apply_lora(model, lora)
+    return model
+
+
 class Case(NamedTuple):
     """A run as it would be, on `world.size` devices of `room` bytes each; nothing of it is allocated."""
 
@@ -198,11 +209,7 @@ class Case(NamedTuple):
 
     @property
     def model(self) -> GPT:
-        with torch.device("meta"):
-            model = build_model(self.cfg.model, self.cfg.routing)
-            if self.section == "finetune":
-                apply_lora(model, self.cfg.lora)
-        return model
+        return _on_paper(self.cfg.model, self.cfg.routing, self.cfg.lora if self.section == "finetune" else None)
 
     @property
     def rows(self) -> int:

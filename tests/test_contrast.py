@@ -497,7 +497,8 @@ def short(number: int) -> dict:
 WIDE = ("--lora.rank=32", "--lora.alpha=32", "--lora.modules_to_save=embed_tokens")
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(WIDE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), WIDE])
 def test_p03_37_answers_are_learned_by_heart(base: Path, tmp_path: Path, more: tuple[str, ...]):
     """The answer was once no input of the model, was shifted twice, or went without its end."""
     for name, numbers in (("train", range(37)), ("val", range(40, 48))):
@@ -519,10 +520,8 @@ def test_p03_37_answers_are_learned_by_heart(base: Path, tmp_path: Path, more: t
     assert load_head(resolve(run)) is not None
 
 
-FSDP = pytest.param(("--run.parallel=fsdp",), marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("wrap", [(), FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [(), ("--run.parallel=fsdp",)], ids=["ddp", "fsdp"])
 def test_two_ranks_are_the_run_of_one(base: Path, rows: Path, tmp_path: Path, wrap: tuple[str, ...]):
     """The negatives of a rank are the triplets of all; the streams of a triplet may lie on both."""
     one, two = tmp_path / "one", tmp_path / "two"

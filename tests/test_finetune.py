@@ -69,7 +69,10 @@ def rates(run: Path) -> list[float]:
     return [row["lr"] for _, row in sorted(runs.metrics(run).items())]
 
 
-@pytest.mark.parametrize("more", [(), ("--lora.rank=4", "--lora.dropout=0.1", "--lora.modules_to_save=norm")])
+WITH_ADAPTERS = ("--lora.rank=4", "--lora.dropout=0.1", "--lora.modules_to_save=norm")
+
+
+@pytest.mark.parametrize("more", [pytest.param((), marks=pytest.mark.slow), WITH_ADAPTERS])
 def test_s01_s04_rate_and_weights_are_the_same_after_kill_9(
     base: Path, pairs: Path, tmp_path: Path, more: tuple[str, ...]
 ):
@@ -122,7 +125,7 @@ def test_it_ends_when_the_validation_loss_stops_falling_and_the_best_is_kept(bas
 ADAPTERS = ("--lora.rank=32", "--lora.alpha=32", "--lora.modules_to_save=embed_tokens", "--lr=1e-2")
 
 
-@pytest.mark.parametrize("more", [(), ADAPTERS])
+@pytest.mark.parametrize("more", [(), pytest.param(ADAPTERS, marks=pytest.mark.slow)])
 def test_37_pairs_are_learned_by_heart(base: Path, pairs: Path, tmp_path: Path, more: tuple[str, ...]):
     """Were the mask or the shift off by one, or the end of the turn untrained, no answer would come out right."""
     run = tmp_path / "run"
