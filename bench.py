@@ -33,7 +33,7 @@ import torch
 
 from chat import ChatBatches, Example, prepare_chat
 from checkpoint import config_of, export, load_model
-from config import Config, ConfigError, check, check_rows, load_config, preset_names, run_script
+from config import Config, ConfigError, check, check_context, check_rows, load_config, preset_names, run_script
 from corpus import prepare
 from data import Batch, micro_batches
 from distributed import World, pick_device, pick_dtype
@@ -368,12 +368,24 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} +- {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
 
 
+def without(argv: list[str], options: tuple[str, ...]) -> list[str]:
+    """An argument list without these options and their values."""
+    kept, words = [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word.partition("=")[0] not in options:
+            kept.append(word)
+        elif "=" not in word and words:
+            words.pop(0)
+    return kept
+
+
 def one_run(argv: list[str], kind: str, share: str, steps: int, seed: str) -> dict[str, float]:
     """The last evaluation of a run."""
     with tempfile.TemporaryDirectory() as scratch:
         own = [f"--run.dir={scratch}/run", f"--run.seed={seed}", f"--train.steps={steps}", f"--routing.kind={kind}"]
         own += [f"--routing.capacity={share}"] if share else []
-        kept = [word for word in argv if not word.startswith(("--train.steps", "--steps", "--run.seed", "--seed"))]
+        kept = without(argv, ("--train.steps", "--steps", "--run.seed", "--seed"))
         command = [sys.executable, str(Path(__file__).with_name("train.py")), *kept, *own, f"--run.save_every={steps}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -417,7 +429,12 @@ def memory_case(argv: list[str]) -> Case:
         raise ConfigError(f"--ranks: expected 1 or more, got {options.ranks}")
     if section == "finetune" and cfg.finetune.base_ckpt is not None:
         cfg = replace(cfg, model=config_of(cfg.finetune.base_ckpt))
+    if section == "finetune" and cfg.finetune.objective == "contrast":
+        raise ConfigError("finetune.objective: expected sft, contrast is not planned here: a run says what it needs")
     check_rows(getattr(cfg, section), options.ranks, section)
+    check_context(getattr(cfg, section), cfg.model)
+    if cfg.run.device != "auto":
+        check(replace(cfg, train=replace(cfg.train, seq_len=1, batch_tokens=1)))  # whether it is here
     here = pick_device(cfg.run.device)
     if options.on in (None, here.type):
         device, dtype = here, pick_dtype(cfg.run.dtype, here)[0]
@@ -440,7 +457,7 @@ def memory(argv: list[str]) -> None:
     shared = f", {case.cfg.run.parallel} on {case.world.size} devices" if case.world.size > 1 else ""
     print(f"{case.section}: {size / 1e6:.1f} M parameters, {str(case.dtype).removeprefix('torch.')}, {loop.optimizer}, "
           f"{rows} x {loop.seq_len} tokens in a forward, {case.world.device.type}{shared}")  # fmt: skip
-    for name, count in parts.items():
+    for name, count in ((name, count) for name, count in parts.items() if count):
         print(f"  {name:12} {readable(count):>10}")
     print(f"  {'in all':12} {readable(total):>10}, which {'fits' if case.fits else 'does not fit'} into "
           f"{readable(case.room)}, of which {ROOM:.0%} is planned with")  # fmt: skip

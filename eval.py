@@ -23,9 +23,19 @@ from config import Config, ConfigError, FinetuneConfig, TrainConfig, check, load
 from contrast import load_head
 from corpus import DataConfig, expand, prepare
 from data import Batch, PretrainBatches, eval_windows
-from distributed import pick_device, pick_dtype
+from distributed import pick_device, pick_dtype, ranks
 from harness import ask_tasks, record_of
-from heldout import Estimate, Finished, Measured, figures_file, measure_finished, open_finished, run_of, source_folder
+from heldout import (
+    Estimate,
+    Finished,
+    Measured,
+    figures_file,
+    json_text,
+    measure_finished,
+    open_finished,
+    run_of,
+    source_folder,
+)
 from injection import (
     BENIGN,
     INJECTED,
@@ -354,8 +364,10 @@ def documents(cfg: Config, run: dict[str, dict[str, Any]], folder: Path) -> tupl
     named = cfg.eval.data
     if named:
         expand(named, "eval.data")
+        apart = section(run, "data", DataConfig).isolate_documents if run else cfg.data.isolate_documents
         # Training text that is streamed is not tokenised here, and none is wanted.
-        return replace(cfg.data, train=named, val=named, streaming=True), ", ".join(named)
+        data = replace(cfg.data, train=named, val=named, streaming=True, isolate_documents=apart)
+        return data, ", ".join(named)
     if run:
         data = replace(section(run, "data", DataConfig), cache_dir=cfg.data.cache_dir)
         return data, f"validation text of {run_of(folder) or folder}"
@@ -386,7 +398,8 @@ def heldout_suite(cfg: Config) -> None:
     print(escape_terminal(heldout_table(found, text)))
     figures = {name: plain(each) for name, each in found.items()}
     named = {"suite": "heldout", "data": text.what, "seq_len": text.seq_len, "calibrated": cfg.eval.calibrate}
-    write_atomic(output, json.dumps(record_of(cfg, of) | named | figures, indent=1).encode())
+    named["isolate_documents"] = text.windows[0].documents is not None
+    write_atomic(output, json_text(record_of(cfg, of) | named | figures))
     print(f"wrote {output}")
 
 
@@ -427,6 +440,8 @@ def main(argv: list[str]) -> None:
     usage = "python eval.py [FILE.yaml] --ckpt SOURCE [--suite NAME] [--tasks NAMES] [--key=value ...]"
     cfg = load_config(argv, "eval", usage=usage)
     check(cfg)
+    if ranks() > 1:
+        raise ConfigError(f"eval.py: expected one process, got {ranks()} of torchrun")
     asked = [SUITES[cfg.eval.suite]] if cfg.eval.suite else []
     asked += [ask_tasks] if cfg.eval.tasks else []
     if len(asked) > 1 and cfg.eval.output:

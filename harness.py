@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, resolve
 from config import Config, ConfigError
 from data import IGNORE
-from heldout import Finished, figures_file, open_finished, source_folder, token_losses
+from heldout import Finished, figures_file, json_text, open_finished, source_folder, token_losses
 from log import say
 from model import GPT, RequestError, Sampling, beam_search, pad_rows, stream
 from runfolder import source_record, write_atomic
@@ -37,7 +37,7 @@ NEW_TOKENS = 256  # of an answer to a task that does not say how many, as lm-eva
 # lm-eval's own, so that few-shot examples and whatever a task draws are those of its command line.
 RANDOM_SEED, OTHER_SEED = 0, 1234
 BOOTSTRAP = 1000  # resamples for the standard error of a figure without a formula
-INSTALL = 'pip install "nanoqwen[eval]", or pip install lm-eval'
+INSTALL = 'pip install -e ".[eval]" -c constraints.txt'
 # Names of one thing in generation_kwargs; the first that is there counts.
 NEW_TOKEN_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -221,7 +221,7 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> Any:
         if not Path(include_path).is_dir():
             raise ConfigError(f"eval.include_path: expected a folder with tasks, got {include_path}")
         own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(own.all_tasks):
+        if set(names) <= set(own.all_subtasks):  # groups and tags may have members that only lm-eval has
             return own
     manager = TaskManager(include_path=include_path)
     for name in names:
@@ -284,7 +284,7 @@ def evaluated(lm: Any, loaded: dict[str, Any], limit: int | None, chat: bool) ->
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
             )
-    except (AssertionError, LookupError, RequestError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, ImportError, LookupError, RequestError, TypeError, ValueError) as error:
         # Mostly a task that does not fit its data, or more examples than there are.
         raise DataError(f"eval.tasks: failed: {type(error).__name__}: {error!s:.300}") from error
 
@@ -314,8 +314,8 @@ def ask_tasks(cfg: Config) -> None:
     record = record_of(cfg, of) | {"lm_eval": importlib.metadata.version("lm_eval"), "asked": settings(cfg)}
     seeds = {"random": RANDOM_SEED, "numpy": OTHER_SEED, "torch": OTHER_SEED, "fewshot": OTHER_SEED}
     record |= {"seeds": seeds, "resamples": BOOTSTRAP}
+    write_atomic(output, json_text(record | {"cut": lm.cut} | figures))
     print(escape_terminal(task_table(found)))
-    write_atomic(output, json.dumps(record | {"cut": lm.cut} | figures, indent=1, default=str).encode())
     print(f"wrote {output}")
 
 
@@ -332,10 +332,10 @@ def task_table(found: dict[str, Any]) -> str:
         shots, samples = found["n-shot"].get(name, ""), found.get("n-samples", {}).get(name, {}).get("effective", "")
         for key, value in sorted(figures.items()):
             metric, comma, kind = key.partition(",")
-            if not comma or metric.endswith("_stderr") or isinstance(value, str):
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             error = figures.get(f"{metric}_stderr,{kind}", "N/A")
-            error = error if isinstance(error, str) else f"{error:.4f}"
+            error = f"{error:.4f}" if isinstance(error, (int, float)) else "N/A"
             label = metric if kind == "none" else f"{metric} ({kind})"
             lines.append(f"| {name} | {shots} | {samples} | {label} | {value:.4f} | {error} |")
     return "\n".join(lines)
@@ -365,7 +365,8 @@ def ask_at_the_end(cfg: Config) -> bool:
             return False
         ask_tasks(replace(cfg, eval=replace(cfg.eval, ckpt=str(folder), output=None)))
     except Exception as error:
-        say(f"warning: eval.tasks: not evaluated: {type(error).__name__}: {' '.join(str(error).split()):.300}")
+        say(f"warning: eval.tasks: not evaluated: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+            " (the same command asks again)")  # fmt: skip
         return False
     return True
 

@@ -6,6 +6,7 @@ same figures, with standard errors, which need the loss of each row.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import load_model, resolve
+from checkpoint import is_adapter, load_model, resolve
 from config import Config, ConfigError
 from data import IGNORE, Batch, micro_batches, token_bytes
 from distributed import World, pick_device, pick_dtype, total
@@ -115,11 +116,12 @@ class Finished(NamedTuple):
 
 
 def open_finished(cfg: Config) -> Finished:
-    """The model of `eval.ckpt`, an adapter merged into its base."""
+    """The model of `eval.ckpt`; an adapter beside its base, as while it was trained: merging would round it."""
     folder = source_folder(cfg)
     device = pick_device(cfg.run.device)
     dtype, _ = pick_dtype(cfg.run.dtype, device)
-    model, tokenizer = load_model(folder, device)
+    how = {"dtype": torch.float32, "merge": False} if is_adapter(folder) else {}
+    model, tokenizer = load_model(folder, device, **how)
     if tokenizer is None:
         raise ConfigError(f"eval.ckpt: expected a model with a tokenizer, {folder} has none")
     plain = dtype == torch.float32
@@ -145,6 +147,22 @@ def figures_file(cfg: Config, folder: Path, name: str) -> Path:
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"eval.output: expected a file in a folder that exists, got {path}")
     return path
+
+
+def json_text(value: Any) -> bytes:
+    """With null for what is not finite, as in metrics.jsonl, and a word for what JSON has no form of."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {str(name): plain(each) for name, each in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [plain(each) for each in part]
+        part = part.item() if getattr(part, "shape", None) == () else part  # a number of numpy or torch
+        if isinstance(part, float):
+            return part if math.isfinite(part) else None
+        return part if part is None or isinstance(part, (bool, int, str)) else str(part)
+
+    return json.dumps(plain(value), indent=1).encode()
 
 
 class Scored(NamedTuple):

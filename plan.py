@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from routing import RoutingConfig, build_model, flops_per_token
 
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
+MEMORY = Path("/proc/meminfo")
 WORTHWHILE = 0.95  # of the memory, at most, that a change has to leave
 ROOM = 0.8  # of the memory that is free is planned with
 HEAP = 0.2  # measured: holes that the C library's heap has between tensors that come and go, as a share of these
@@ -33,6 +36,8 @@ def memory_estimate(
     rows: int,
     shards: int = 1,
     *,
+    accumulated: bool = False,
+    bucketed: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     head: nn.Module | None = None,
@@ -46,6 +51,8 @@ def memory_estimate(
     model     its shape and which of its parameters train; it may be on the meta device
     rows      of a micro-batch; the three streams of a triplet are in rows like any other document
     shards    ranks among which weights, gradients and state are spread
+    accumulated  a step has several micro-batches, between which gradients are not shared out
+    bucketed  gradients travel in buckets, which are a second copy of them
     device    its type
     dtype     of the computation
     head      what is trained beside the model
@@ -79,10 +86,15 @@ def memory_estimate(
     logits = 3 * 4 * min(targets * tokens * m.vocab_size, LOGITS_PER_CHUNK)  # logits, softmax and gradient
     # The gradients of the layers come as their activations go, so they fill such holes.
     weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.requires_grad)
+    # Shards are whole while they are used: what is outside of the layers all the time, of these one and the next.
+    inside = sum(p.numel() for p in model.model.layers.parameters())
+    outside = sum(p.numel() for p in model.parameters()) - inside
+    gathered = 4.0 * (outside + 2 * inside / m.num_hidden_layers) if shards > 1 else 0.0
     holes = HEAP * (activations + in_flight + logits) - min(activations + in_flight, 4 * weights / shards)
     return {
         "weights": 4 * (sum(p.numel() for p in model.parameters()) + beside) / shards,
-        "gradients": 4 * trained / shards,
+        "gradients": 4 * trained / (1 if accumulated else shards) * (2 if bucketed else 1),
+        "gathered": gathered,
         "optimizer": (8 * (trained - muon) + 4 * muon) / shards,
         "copies": width * copied if half else 0.0,  # of weights, which autocast keeps until the backward
         "activations": activations,
@@ -95,8 +107,12 @@ def free_memory(device: torch.device) -> float:
     """Bytes that a process can still have on a device; on the CPU, and where it cannot be asked, the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-    return float(pages * os.sysconf("SC_PAGE_SIZE")) or math.inf
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    if MEMORY.exists():  # Linux: with what its caches would give back
+        found = re.search(r"^MemAvailable: +(\d+) kB", MEMORY.read_text(), re.MULTILINE)
+        return 1024.0 * int(found[1]) if found else math.inf
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def cache_bytes(model: GPT, tokens: int, dtype: torch.dtype) -> float:
@@ -113,6 +129,7 @@ def cache_bytes(model: GPT, tokens: int, dtype: torch.dtype) -> float:
 def estimate_for(cfg: Config, model: GPT, train: TrainConfig, world: World, rows: int, **how: Any) -> dict[str, float]:
     """The estimate for a rank; `how` is what else `memory_estimate` wants to know."""
     shards = world.size if cfg.run.parallel == "fsdp" else 1
+    how |= {"accumulated": train.rows // world.size > rows, "bucketed": world.size > shards}
     return memory_estimate(model, train, rows, shards, device=world.device.type, **how)
 
 
@@ -231,12 +248,18 @@ class Case(NamedTuple):
 
 
 def _shorter(seq_len: int) -> Callable[[Case], Case]:
-    return lambda case: case.changed(case.section, seq_len=min(seq_len, case.loop.seq_len))
+    def change(case: Case) -> Case:
+        whole = case.loop.batch_tokens % seq_len == 0 and case.loop.batch_tokens // seq_len % case.world.size == 0
+        return case.changed(case.section, seq_len=seq_len) if whole and seq_len < case.loop.seq_len else case
+
+    return change
 
 
 def _shared(ranks: int) -> Callable[[Case], Case]:
     def change(case: Case) -> Case:
-        if case.loop.optimizer == "muon" or case.loop.rows % ranks:  # Muon needs whole matrices
+        if (
+            case.loop.optimizer == "muon" or case.loop.rows % ranks or ranks < case.world.size
+        ):  # Muon needs whole matrices
             return case
         return case.changed("run", parallel="fsdp")._replace(world=replace(case.world, size=ranks))
 

@@ -196,7 +196,7 @@ def _drawn(line: Line, sx: Scale, sy: Scale, columns: int, unit: str) -> Iterato
     if line.dots:
         for x, y in zip(line.x, line.y, strict=True):
             if math.isfinite(y):
-                told = f"{name}, step {x:g}: {short(y, 5)} {safe(unit)}".rstrip()
+                told = f"{name}, step {x:.0f}: {short(y, 5)} {safe(unit)}".rstrip()
                 at = f'cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="2.6"'
                 yield f'<circle class="{line.look}" {at}><title>{told}</title></circle>'
 

@@ -83,7 +83,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     steps, tokens = steps_done(run), tokens_until(run)
     found = []
     if math.isfinite(best):
-        found.append(("validation loss", short(last_of(loss), 5), f"nats; lowest {short(best, 5)} at step {at:g}"))
+        found.append(("validation loss", short(last_of(loss), 5), f"nats; lowest {short(best, 5)} at step {at:.0f}"))
     elif math.isfinite(last := last_of(run.of("loss"))):
         found.append(("training loss", short(last, 5), "nats; not evaluated yet"))
     if math.isfinite(bits := last_of(run.of("val/bits_per_byte"))):
@@ -128,8 +128,8 @@ def loss_chart(run: Run) -> Chart:
         if drawable(run.of(name)):
             lines.append(Line(what, *run.of(name), look=look, dots=True))
     bad = sorted({*loss.x[~np.isfinite(loss.y)], *run.of("skipped").x[run.of("skipped").y > 0]})
-    marks = [(step, f"step {step:g}: not finite, skipped") for step in bad[:100]]
-    marks += [(step, f"gone on after step {step:g}") for step in run.resumes[:100]]
+    marks = [(step, f"step {step:.0f}: not finite, skipped") for step in bad[:100]]
+    marks += [(step, f"gone on after step {step:.0f}") for step in run.resumes[:100]]
     tokens = tokens_until(run)
     above = Line("tokens trained", *tokens) if len(tokens.y) > 1 and tokens.y[-1] > 0 else None
     return Chart("Loss", "nats per token", lines, log=True, marks=tuple(marks), above=above)
@@ -352,9 +352,9 @@ def configuration(run: Run) -> str:
         usual = flat(dump(load_config([], run.section)))
     except ConfigError:  # a config.yaml that nobody can read: then nothing can be compared with it
         usual = {}
-    changed = [[key, value, usual.get(key, "no such key")] for key, value in run.config.items()
+    changed = [[key, value, usual.get(key, "no such key")] for key, value in used(run).items()
                if usual and value != usual.get(key) and key != "run.dir"]  # fmt: skip
-    every = "\n".join(f"{key}: {value}" for key, value in run.config.items())
+    every = "\n".join(f"{key}: {value}" for key, value in used(run).items())
     told = "<p>Nothing differs from the defaults.</p>"
     if changed:
         rows = table(["key", "value", "default"], changed)
@@ -373,7 +373,7 @@ def provenance(run: Run) -> str:
         ["uncommitted (SHA-256)", source.get("changes") or ""],
         ["platform", source.get("platform", "")],
         ["versions", ", ".join(f"{k} {v}" for k, v in versions.items() if v) if isinstance(versions, dict) else ""],
-        ["gone on after steps", ", ".join(f"{step:g}" for step in run.resumes)],
+        ["gone on after steps", ", ".join(f"{step:.0f}" for step in run.resumes)],
     ]
     return block("Where it comes from", table([], [[name, str(value)] for name, value in rows if value]))
 
@@ -425,17 +425,28 @@ class Group(NamedTuple):
     runs: list[Run]
 
 
+NOT_USED = {"train": ("finetune.", "lora.", "chat.", "contrast."), "finetune": ("train.", "model.")}
+
+
+def used(run: Run) -> dict[str, str]:
+    """The keys of the configuration that its script reads; the model of a fine-tuned one comes with its base."""
+    return {key: value for key, value in run.config.items() if not key.startswith(NOT_USED.get(run.section, ()))}
+
+
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """{key: what each run has of it} for all keys in which the runs differ, but for where and how they are kept."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    found = {key: [run.config.get(key, "") for run in runs] for key in keys if not WHERE.fullmatch(key)}
+    configs = [used(run) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    found = {key: [config.get(key, "") for config in configs] for key in keys if not WHERE.fullmatch(key)}
     found["commit"] = [str(run.source.get("commit") or "")[:12] for run in runs]
+    found["uncommitted"] = [str(run.source.get("changes") or "")[:12] for run in runs]
     found["device"] = [str(run.source.get("device") or "") for run in runs]
     return {key: values for key, values in found.items() if len(set(values)) > 1}
 
 
 def grouped(runs: Sequence[Run], differing: dict[str, list[str]]) -> list[Group]:
-    decisive = [key for key in differing if key not in ("run.seed", "commit", "device")]
+    """Runs that differ in their seed alone, and each in it: the same seed twice is another code or another device."""
+    decisive = [key for key in differing if key != "run.seed"]
     found: dict[tuple[str, ...], list[Run]] = {}
     for number, run in enumerate(runs):
         found.setdefault(
@@ -443,6 +454,9 @@ def grouped(runs: Sequence[Run], differing: dict[str, list[str]]) -> list[Group]
         ).append(run)
     groups = []
     for values, members in found.items():
+        if len({run.config.get("run.seed") for run in members}) < len(members):
+            groups += [Group(run.name, [run]) for run in members]
+            continue
         said = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in zip(decisive, values, strict=False))
         if len(members) == 1:
             groups.append(Group(members[0].name, members))

@@ -243,11 +243,12 @@ def _delete(path: Path) -> None:
 
 
 def clear(run: Path) -> None:
-    """Make room for a new run in the folder of an old one: its checkpoints, metrics, samples and report go."""
+    """Make room for a new run in the folder of an old one: its checkpoints, metrics, figures and report go."""
     with disk_errors(run):
         if (run / "checkpoints").exists():
             _delete(run / "checkpoints")
-        for name in ("metrics.jsonl", "samples.jsonl", "report.html", "wandb-id"):
+        figures = ("heldout.json", "tasks.json", "injection.json")  # of eval.py, of checkpoints that were here
+        for name in ("metrics.jsonl", "samples.jsonl", "report.html", "wandb-id", *figures):
             (run / name).unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ needs little more than the step and the tensors.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -665,6 +666,23 @@ def run(
     sections: tuple[str, ...],
     following: str,
 ) -> int:
+    """A run in its folder, to its end, and what is asked of it then; `completed` has the parameters. The exit code."""
+    check_tasks(cfg)
+    code = completed(cfg, world, build, sections, following)
+    if code == 0 and world.is_main:
+        gc.collect()  # the trained model has to make room for that of its best checkpoint
+        if ask_at_the_end(cfg):
+            report.attempt(Path(cfg.run.dir))
+    return code
+
+
+def completed(
+    cfg: Config,
+    world: World,
+    build: Callable[[Config, World], Trainer],
+    sections: tuple[str, ...],
+    following: str,
+) -> int:
     """A run in its folder, from the lock to the last line. The same command on a complete run changes nothing.
 
     sections   of the configuration that decide what comes out
@@ -673,7 +691,6 @@ def run(
     Returns the exit code.
     """
     folder, started, changed = Path(cfg.run.dir), time.perf_counter(), None
-    check_tasks(cfg)
     stop = Stop()
     with stop.watching(), lock(folder) if world.is_main else nullcontext():
         source = main_first(world, lambda: starting_point(cfg))
@@ -687,8 +704,6 @@ def run(
                     sweep(folder, lambda text: say(f"warning: {text}"), source)  # what the last save left, if killed
                     if read_status(folder) != "done":  # killed between its last save and its last word
                         write_status(folder, "done", 0, "")
-                    if ask_at_the_end(cfg):
-                        report.attempt(folder)
                 return 0
         if world.is_main:
             write_atomic(folder / "config.yaml", dump(cfg).encode())
@@ -724,13 +739,12 @@ def run(
             say(f"done in {seconds:.0f} s{progress.told()}")
             say(f"wrote {folder}/: report.html, metrics.jsonl, samples.jsonl, checkpoints/ ({trainer.store.loaded_by})")
             say(f"next: {following}")
-    if world.is_main and ask_at_the_end(cfg):
-        report.attempt(folder)
     return 0
 
 
 def main(argv: list[str]) -> int:
     cfg = load_config(argv, "train")
+    cfg = replace(cfg, finetune=replace(cfg.finetune, base_ckpt=None))  # by which a run is known as a fine-tuned one
     check(cfg, ranks())
     world = start(cfg.run.device)
     try:

@@ -20,7 +20,7 @@ import finetune
 import heldout
 import train
 from checkpoint import export, load_model, resolve, write_adapter
-from config import load_config
+from config import ConfigError, load_config
 from data import Batch, eval_windows, token_bytes
 from distributed import World
 from heldout import evaluate, measure, ratio, token_losses
@@ -321,8 +321,12 @@ def test_weights_that_are_stored_in_bf16_are_computed_in_fp32_where_the_run_woul
     assert found["dtype"] == "float32"
 
 
-def test_an_adapter_is_measured_with_its_base(folder: Path, corpus: Path, tmp_path: Path):
-    model, _ = load_model(folder)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_measured_beside_its_base(folder: Path, corpus: Path, tmp_path: Path, stored: torch.dtype):
+    """As while it was trained, in fp32: merged into a base in bf16, most of what it adds would be rounded away."""
+    export(load_model(folder)[0], BYTES, tmp_path / "base", stored)
+    folder = tmp_path / "base"
+    model, _ = load_model(folder, dtype=torch.float32)
     cfg = LoraConfig(rank=2)
     apply_lora(model, cfg)
     with torch.no_grad():
@@ -334,8 +338,11 @@ def test_an_adapter_is_measured_with_its_base(folder: Path, corpus: Path, tmp_pa
     text = f"--eval.data={next(corpus.glob('*.txt'))}"
     found = asked(tmp_path / "adapter", corpus, tmp_path / "out.json", text)
     merged = tmp_path / "merged"
-    export(load_model(tmp_path / "adapter")[0], BYTES, merged)
-    assert values(found) == pytest.approx(values(asked(merged, corpus, tmp_path / "out.json", text)), rel=1e-6)
+    export(load_model(tmp_path / "adapter", dtype=torch.float32)[0], BYTES, merged)
+    other = values(asked(merged, corpus, tmp_path / "out.json", text))
+    for name in ("loss", "bits_per_byte"):  # a perplexity's relative difference is the loss' absolute one
+        assert values(found)[name] == pytest.approx(other[name], rel=1e-6)
+    assert values(found)["perplexity"] == pytest.approx(math.exp(values(found)["loss"]), rel=1e-12)
     assert values(found) != pytest.approx(values(asked(folder, corpus, tmp_path / "out.json", text)), rel=1e-3)
 
 
@@ -404,3 +411,9 @@ def test_a_run_of_an_older_version_has_the_defaults_of_younger_keys(run: Path, c
     with pytest.raises(Exception, match=r"^state\.json: config: train: ") as error:
         asked(checkpoint, corpus, tmp_path / "out.json")
     assert error.value.exit_code == 4
+
+
+def test_one_process_asks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^eval\.py: expected one process, got 2 of torchrun$"):
+        suite.main(["--ckpt=x"])

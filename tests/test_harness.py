@@ -498,7 +498,7 @@ def test_without_lm_eval_a_line_says_how_to_get_it(folder: Path, monkeypatch: py
         suite.main(["--ckpt=nowhere", "--tasks=hellaswag"])
     assert error.value.exit_code == 2
     assert str(error.value) == (
-        'eval.tasks: needs lm-eval, which is not installed: pip install "nanoqwen[eval]", or pip install lm-eval'
+        'eval.tasks: needs lm-eval, which is not installed: pip install -e ".[eval]" -c constraints.txt'
     )
 
 

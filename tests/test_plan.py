@@ -49,6 +49,10 @@ def test_weights_gradients_and_state_are_counted_to_the_byte(optimizer: str, ran
     shared = plan.memory_estimate(model, cfg, rows=4, shards=2)
     assert shared["optimizer"] == state / 2
     assert shared["activations"] == found["activations"]  # each rank has rows of its own
+    assert shared["gradients"] == gradients / 2
+    assert plan.memory_estimate(model, cfg, rows=4, shards=2, accumulated=True)["gradients"] == gradients
+    assert plan.memory_estimate(model, cfg, rows=4, bucketed=True)["gradients"] == 2 * gradients
+    assert found["gathered"] == 0 < shared["gathered"] < found["weights"]
 
 
 def test_activations_grow_with_the_rows_and_shrink_when_recomputed():
@@ -227,15 +231,16 @@ def test_bench_memory_says_what_to_change_until_it_fits(capsys: pytest.CaptureFi
     asked = ["--preset=0.5B", "--on=cuda", "--fit=7GB", "--batch_tokens=65536"]
     _, found = printed(capsys, *asked, "--seq_len=1024")
     assert not found["fits"]
-    assert found["until_it_fits"] == ["--train.checkpoint_activations", "--run.parallel fsdp on 2 devices"]
-    for ranks, fits in (("1", False), ("2", True)):  # what it advises is what it says of that run
+    assert found["until_it_fits"] == ["--train.checkpoint_activations", "--run.parallel fsdp on 2 devices",
+                                      "--run.parallel fsdp on 4 devices"]  # fmt: skip
+    for ranks, fits in (("1", False), ("2", False), ("4", True)):  # what it advises is what it says of that run
         told = ["--train.checkpoint_activations", "--run.parallel=fsdp", "--ranks", ranks, "--seq_len=1024"]
         assert printed(capsys, *asked, *told)[1]["fits"] == fits
     _, found = printed(capsys, "finetune", "--preset=1.5B", "--on=cuda", "--fit=24GB")
     assert found["until_it_fits"][-1] == "--lora.rank 16"
     out, found = printed(capsys, "--preset=3B", "--on=cuda", "--fit=2GB")
     assert found["until_it_fits"] == []
-    assert "no more to change: with all this --preset 0.5B fits" in out
+    assert "no more to change: with all this --preset 125M fits" in out
 
 
 @pytest.mark.parametrize(
@@ -245,6 +250,8 @@ def test_bench_memory_says_what_to_change_until_it_fits(capsys: pytest.CaptureFi
         (["--ranks", "0"], "--ranks: expected 1 or more, got 0"),
         (["--ranks", "3"], "8 rows of 128 tokens a step cannot be shared by 3 ranks"),
         (["--preset", "0.6B"], "--preset"),
+        (["--seq_len", "1024"], "seq_len: expected at most the model's context of 512, got 1024"),
+        (["finetune", "--objective", "contrast"], "finetune.objective: expected sft"),
     ],
 )
 def test_bench_memory_refuses_in_one_line(argv: list[str], said: str):
@@ -252,3 +259,9 @@ def test_bench_memory_refuses_in_one_line(argv: list[str], said: str):
         bench.main(["memory", *argv])
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_the_steps_and_the_seed_of_a_benchmark_replace_those_that_were_typed():
+    typed = ["--preset", "tiny", "--train.steps", "600", "--seed=3", "--steps=5", "--run.seed", "4", "--train.lr=1e-3"]
+    options = ("--train.steps", "--steps", "--run.seed", "--seed")
+    assert bench.without(typed, options) == ["--preset", "tiny", "--train.lr=1e-3"]

@@ -480,6 +480,24 @@ def test_runs_that_differ_in_their_seed_become_mean_and_deviation(tmp_path: Path
     assert "train.steps0" not in page.text.partition("What differs")[2]
 
 
+def test_the_same_seed_twice_is_no_second_seed(tmp_path: Path):
+    """Two runs of one configuration on two commits are a comparison of the code, and its result would be averaged."""
+    same = [read_run(write_run(tmp_path / name / "base", seed=1)) for name in ("a", "b")]
+    assert len(assert_inert(report.comparison(same)).charts[0]) == 2
+    source = json.loads((tmp_path / "b" / "base" / "source.json").read_text())
+    (tmp_path / "b" / "base" / "source.json").write_text(json.dumps(source | {"commit": "f" * 40}))
+    other = [same[0], read_run(tmp_path / "b" / "base"), read_run(write_run(tmp_path / "c", seed=2))]
+    groups = report.grouped(other, report.differences(other))
+    assert sorted(len(group.runs) for group in groups) == [1, 2]
+
+
+def test_keys_that_the_script_does_not_read_are_not_shown(tmp_path: Path):
+    run = read_run(write_run(tmp_path / "run", **{"lora.rank": "7", "train.lr": "0.5"}))
+    assert run.section == "train"
+    assert "lora.rank" not in report.used(run)
+    assert report.used(run)["train.lr"] == "0.5"
+
+
 def test_runs_of_unequal_length_are_averaged_where_all_have_a_value(tmp_path: Path):
     series = [read_run(write_run(tmp_path / str(n), steps=n, seed=n)).of("val/loss") for n in (20, 40)]
     steps, mean, sd = report.spread(series)

@@ -1137,8 +1137,10 @@ def test_i4_a_fresh_start_over_old_results(
     ended = starter.run(*options(corpus, run, "--run.resume=never"), code=2)
     assert "overwrite" in ended.stderr.splitlines()[-1]
     assert files_of(run) == before
+    (run / "tasks.json").write_text("{}")  # figures of a checkpoint that goes
     starter.run(*options(corpus, run, "--run.resume=never", "--run.overwrite=true"))
     assert_same_run(run, reference)
+    assert not (run / "tasks.json").exists()
 
 
 MISTAKES = {"no such text": ("--data.train=/nowhere/*.txt", 3), "rows that do not fit": ("--train.batch_tokens=100", 2)}
