@@ -33,7 +33,7 @@ import torch
 
 from chat import ChatBatches, Example, prepare_chat
 from checkpoint import config_of, export, load_model
-from config import Config, ConfigError, check, check_context, check_rows, load_config, preset_names, run_script
+from config import Config, ConfigError, check, check_context, load_config, preset_names, run_script
 from corpus import prepare
 from data import Batch, micro_batches
 from distributed import World, pick_device, pick_dtype
@@ -431,10 +431,9 @@ def memory_case(argv: list[str]) -> Case:
         cfg = replace(cfg, model=config_of(cfg.finetune.base_ckpt))
     if section == "finetune" and cfg.finetune.objective == "contrast":
         raise ConfigError("finetune.objective: expected sft, contrast is not planned here: a run says what it needs")
-    check_rows(getattr(cfg, section), options.ranks, section)
+    # All that a run would be refused for, but a dtype that another device than this one may have.
+    check(replace(cfg, run=replace(cfg.run, dtype="auto")), options.ranks, getattr(cfg, section))
     check_context(getattr(cfg, section), cfg.model)
-    if cfg.run.device != "auto":
-        check(replace(cfg, train=replace(cfg.train, seq_len=1, batch_tokens=1)))  # whether it is here
     here = pick_device(cfg.run.device)
     if options.on in (None, here.type):
         device, dtype = here, pick_dtype(cfg.run.dtype, here)[0]

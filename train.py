@@ -659,16 +659,10 @@ def build(cfg: Config, world: World) -> Trainer:
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def run(
-    cfg: Config,
-    world: World,
-    build: Callable[[Config, World], Trainer],
-    sections: tuple[str, ...],
-    following: str,
-) -> int:
-    """A run in its folder, to its end, and what is asked of it then; `completed` has the parameters. The exit code."""
+def run(cfg: Config, world: World, *how: Any) -> int:
+    """A run in its folder, to its end, and what is asked of it then; `how` is as in `completed`. The exit code."""
     check_tasks(cfg)
-    code = completed(cfg, world, build, sections, following)
+    code = completed(cfg, world, *how)
     if code == 0 and world.is_main:
         gc.collect()  # the trained model has to make room for that of its best checkpoint
         if ask_at_the_end(cfg):
