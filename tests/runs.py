@@ -52,7 +52,7 @@ def options(corpus: Path, run: Path, *more: str) -> list[str]:
     steps |= {"eval_tokens": 1024, "log_every": 1, "sample_tokens": 8, "schedule": "plateau", "lr": 3e-3}
     listed |= {f"--train.{key}": value for key, value in steps.items()}
     listed |= dict(word.split("=", 1) for word in more)
-    return [f"{key}={value}" for key, value in {"--run.device": "cpu", **listed}.items()]
+    return [f"{key}={value}" for key, value in {"--run.device": "cpu", "--run.dtype": "float32", **listed}.items()]
 
 
 # --- how it is started ------------------------------------------------------------------------------------------------

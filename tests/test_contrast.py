@@ -350,6 +350,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(base: Path, rows: Path, run: Path, *more: str) -> list[str]:
     """20 steps, saved every 4; `more` overrides."""
     listed = {"--objective": "contrast", "--base_ckpt": base, "--run.dir": run, "--run.device": "cpu"}
+    listed |= {"--run.dtype": "float32"}
     listed |= {"--contrast.train": rows / "train.jsonl", "--contrast.val": rows / "val.jsonl"}
     listed |= {"--contrast.head_size": 16, "--contrast.eval_rows": 4, "--contrast.answer_tokens": 4}
     listed |= {"--run.save_every": 4, "--steps": 20, "--warmup_steps": 6, "--seq_len": 128, "--sample_tokens": 4}

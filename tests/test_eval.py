@@ -48,10 +48,15 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(corpus, tmp_path_factory.mktemp("runs") / "dense")
 
 
+def in_float32(options: tuple[str, ...]) -> list[str]:
+    """Computed in fp32, unless asked otherwise: `auto` is bf16 on a CPU that has instructions for it."""
+    return [] if any("dtype" in word for word in options) else ["--run.dtype=float32"]
+
+
 def asked(source: Path, corpus: Path, output: Path, *more: str) -> dict[str, Any]:
     """What eval.py writes about a source."""
     cache = f"--data.cache_dir={corpus.with_name('cache')}"
-    suite.main([f"--ckpt={source}", f"--output={output}", "--run.device=cpu", cache, *more])
+    suite.main([f"--ckpt={source}", f"--output={output}", "--run.device=cpu", *in_float32(more), cache, *more])
     return json.loads(output.read_text(), parse_constant=lambda text: pytest.fail(f"no JSON: {text}"))
 
 
@@ -78,7 +83,7 @@ def test_it_is_what_the_run_said_of_each_of_its_checkpoints(
     corpus: Path, tmp_path: Path, run: Path, more: tuple[str, ...]
 ):
     run = trained(corpus, tmp_path / "run", *more) if more else run
-    dtype = [word for word in more if "dtype" in word]
+    dtype = [word for word in more if "dtype" in word] or in_float32(more)
     for step, said in validated(run).items():
         found = asked(runs.at(run, step), corpus, tmp_path / "out.json", *dtype, "--batch_tokens=100")
         for name, value in values(found).items():
@@ -126,6 +131,7 @@ def test_a_fine_tuned_model_is_measured_on_the_answers_that_its_run_was_validate
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
     listed = {"--base_ckpt": run, "--chat.train": chats, "--run.dir": tmp_path / "sft", "--run.device": "cpu"}
+    listed |= {"--run.dtype": "float32"}
     listed |= {"--steps": 4, "--eval_every": 2, "--seq_len": 64, "--batch_tokens": 128, "--warmup_steps": 0}
     listed |= {"--lora.rank": 2, "--sample_tokens": 0, "--chat.val_fraction": 0.3}
     assert finetune.main([f"{key}={value}" for key, value in listed.items()]) == 0
@@ -145,6 +151,7 @@ def test_a_model_that_withstands_is_measured_on_the_triplets_that_its_run_was_va
 ):
     export(tiny.model(vocab_size=BYTES.n_vocab, max_position_embeddings=1024), BYTES, tmp_path / "base")
     listed = {"--base_ckpt": tmp_path / "base", "--run.dir": tmp_path / "run", "--run.device": "cpu"}
+    listed |= {"--run.dtype": "float32"}
     listed |= {"--objective": "contrast", "--contrast.limit": 60, "--contrast.eval_rows": 2, "--seq_len": 256}
     listed |= {
         "--contrast.answer_tokens": 2,

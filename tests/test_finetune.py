@@ -51,7 +51,14 @@ def options(base: Path, pairs: Path, run: Path, *more: str) -> list[str]:
     listed = {"--base_ckpt": base, "--chat.train": pairs, "--chat.val": pairs.with_name("val.jsonl"), "--run.dir": run}
     rows = [json.dumps({"prompt": f"what of {n}?", "response": f"nothing {n}"}) + "\n" for n in range(8)]
     pairs.with_name("val.jsonl").write_text("".join(rows))
-    listed |= {"--run.device": "cpu", "--run.save_every": 4, "--steps": 20, "--warmup_steps": 6, "--seq_len": 128}
+    listed |= {
+        "--run.device": "cpu",
+        "--run.dtype": "float32",
+        "--run.save_every": 4,
+        "--steps": 20,
+        "--warmup_steps": 6,
+        "--seq_len": 128,
+    }
     listed |= {"--batch_tokens": 512, "--micro_batch": 2, "--eval_every": 3, "--log_every": 1, "--lr": 3e-3}
     listed |= {"--plateau_patience": 1, "--plateau_threshold": 0.5, "--patience": 0, "--sample_tokens": 4}
     listed |= dict(word.split("=", 1) for word in more)

@@ -37,13 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def process(*arguments: str, stdin: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "infer.py"), *arguments]
+    command = [sys.executable, str(ROOT / "infer.py"), "--run.dtype=float32", *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd)
 
 
 def run(folder: Path | None, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The script within this process, which saves the seconds that importing torch takes."""
-    argv = ["infer.py", *(["--ckpt", str(folder)] if folder else []), *arguments]
+    argv = ["infer.py", "--run.dtype=float32", *(["--ckpt", str(folder)] if folder else []), *arguments]
     streams = {"stdin": io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")}
     streams |= {name: io.TextIOWrapper(io.BytesIO(), "utf-8") for name in ("stdout", "stderr")}
     with pytest.MonkeyPatch.context() as patch:
