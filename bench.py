@@ -31,18 +31,18 @@ from typing import Any
 
 import torch
 
-from chat import ChatBatches, Example, prepare_chat
-from checkpoint import config_of, export, load_model
-from config import Config, ConfigError, check, check_context, load_config, preset_names, run_script
-from corpus import prepare
 from data import Batch, micro_batches
-from distributed import World, pick_device, pick_dtype
-from lora import apply_lora
 from model import GPT, IGNORE, KVCache, flops_per_token
-from optim import Optimizers, parameter_groups
-from plan import ROOM, Case, cache_bytes, easier, free_memory, micro_rows
-from routing import RoutingConfig, build_model, penalty_weights, routed_by
-from routing import flops_per_token as routed_flops
+from nanoqwen.chat import ChatBatches, Example, prepare_chat
+from nanoqwen.config import Config, ConfigError, check, check_context, load_config, preset_names, run_script
+from nanoqwen.corpus import prepare
+from nanoqwen.distributed import World, pick_device, pick_dtype
+from nanoqwen.lora import apply_lora
+from nanoqwen.optim import Optimizers, parameter_groups
+from nanoqwen.plan import ROOM, Case, cache_bytes, easier, free_memory, micro_rows
+from nanoqwen.routing import RoutingConfig, build_model, penalty_weights, routed_by
+from nanoqwen.routing import flops_per_token as routed_flops
+from nanoqwen.weights import config_of, export, load_model
 from train import LanguageModeling, train_step
 
 TURNS = 7

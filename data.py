@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpus import (
+from nanoqwen.corpus import (
     DataConfig,
     Input,
     Prepared,
@@ -42,7 +42,7 @@ from corpus import (
     short_hash,
     tokenise,
 )
-from tokenizer import DataError, Tokenizer, escape_terminal
+from nanoqwen.tokenizer import DataError, Tokenizer, escape_terminal
 
 IGNORE = -100  # target of a position that is not trained, as in torch's cross entropy
 
@@ -471,8 +471,8 @@ def _seconds(action: Callable[[], None]) -> tuple[float, float]:
 
 def check(argv: list[str]) -> int:
     """Validates triplets: those of the files in front of the options, else those that the configuration names."""
-    from config import load_config
-    from triplets import check_triplets
+    from nanoqwen.config import load_config
+    from nanoqwen.injection.triplets import check_triplets
 
     files = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     rest = [
@@ -486,7 +486,7 @@ def check(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     # The one look upwards: as a program this file reads the configuration, which itself is made of our DataConfig.
-    from config import ConfigError, load_config
+    from nanoqwen.config import ConfigError, load_config
 
     usage = "python data.py prepare|show|bench|check [FILE.yaml] [--preset NAME] [--key=value ...]"
     command = argv[0] if argv else "--help"
@@ -516,6 +516,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from config import run_script
+    from nanoqwen.config import run_script
 
     run_script(main)

@@ -25,18 +25,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from chat import ChatBatches, ChatData, chat_windows, prepare_chat
-from checkpoint import hash_weights, load_model, read_adapter, resolve, write_adapter
-from config import Config, ConfigError, FinetuneConfig, check, check_context, check_rows, load_config, run_script
-from contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
 from data import Batch, Micro, show, write_text
-from distributed import World, ranks, start, stop, total, unwrapped, whole
-from injection import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
-from log import Peak, say
-from lora import LoraConfig, apply_lora, lora_state
 from model import GPT, IGNORE
-from routing import MODULES_TO_SAVE, RoutingConfig, penalty_weights
-from tokenizer import DataError, Tokenizer, load_tokenizer
+from nanoqwen.chat import ChatBatches, ChatData, chat_windows, prepare_chat
+from nanoqwen.config import (
+    Config,
+    ConfigError,
+    FinetuneConfig,
+    check,
+    check_context,
+    check_rows,
+    load_config,
+    run_script,
+)
+from nanoqwen.distributed import World, ranks, start, stop, total, unwrapped, whole
+from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
+from nanoqwen.injection.score import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
+from nanoqwen.injection.triplets import (
+    ContrastConfig,
+    Tokenised,
+    TripletBatches,
+    numbered,
+    prepare_triplets,
+    row_width,
+    spread,
+    triplet_windows,
+)
+from nanoqwen.log import Peak, say
+from nanoqwen.lora import LoraConfig, apply_lora, lora_state
+from nanoqwen.routing import MODULES_TO_SAVE, RoutingConfig, penalty_weights
+from nanoqwen.tokenizer import DataError, Tokenizer, load_tokenizer
+from nanoqwen.weights import hash_weights, load_model, read_adapter, resolve, write_adapter
 from train import (
     Exam,
     LanguageModeling,
@@ -49,16 +68,6 @@ from train import (
     main_first,
     run,
     written,
-)
-from triplets import (
-    ContrastConfig,
-    Tokenised,
-    TripletBatches,
-    numbered,
-    prepare_triplets,
-    row_width,
-    spread,
-    triplet_windows,
 )
 
 # Frozen weights have no gradients, packed rows attend to less, and logits are computed for trained tokens alone.

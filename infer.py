@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, checkpoint_files, load_model
-from config import Config, ConfigError, check, load_config, run_script
-from distributed import pick_device, pick_dtype
 from model import RequestError, Sampling, generate, stream
-from routing import tokens_used
-from tokenizer import StreamDecoder, Tokenizer, escape_terminal, pieces_of, render_chat
+from nanoqwen.config import Config, ConfigError, check, load_config, run_script
+from nanoqwen.distributed import pick_device, pick_dtype
+from nanoqwen.routing import tokens_used
+from nanoqwen.tokenizer import StreamDecoder, Tokenizer, escape_terminal, pieces_of, render_chat
+from nanoqwen.weights import CheckpointError, checkpoint_files, load_model
 
 RUNS = Path("runs")
 CHAT_HELP = "Ctrl-D ends, /reset forgets the conversation, Ctrl-C cuts an answer short"

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import report
-from chat import ChatBatches
-from checkpoint import load_model, write_folder
-from config import Config, ConfigError, TrainConfig, check, dump, exit_code_of, load_config, run_script
-from corpus import prepare
 from data import Batch, Micro, PretrainBatches, StreamBatches, eval_windows, micro_batches, open_batches, token_bytes
-from distributed import (
+from model import GPT, IGNORE, Output, generate
+from nanoqwen import report
+from nanoqwen.chat import ChatBatches
+from nanoqwen.config import Config, ConfigError, TrainConfig, check, dump, exit_code_of, load_config, run_script
+from nanoqwen.corpus import prepare
+from nanoqwen.distributed import (
     World,
     any_rank,
     barrier,
@@ -49,14 +49,14 @@ from distributed import (
     whole,
     wrap,
 )
-from harness import ask_at_the_end, check_tasks
-from heldout import evaluate_routed
-from log import MetricLog, Peak, Speed, peak_of, say
-from model import GPT, IGNORE, Output, generate
-from optim import Optimizers, Plateau, lr_at, parameter_groups
-from plan import announce, micro_rows
-from routing import at_step, build_model, mean_stats, penalty_weights, tokens_used
-from runfolder import (
+from nanoqwen.evaluate import evaluate_routed
+from nanoqwen.harness import ask_at_the_end, check_tasks
+from nanoqwen.injection.triplets import TripletBatches
+from nanoqwen.log import MetricLog, Peak, Speed, peak_of, say
+from nanoqwen.optim import Optimizers, Plateau, lr_at, parameter_groups
+from nanoqwen.plan import announce, micro_rows
+from nanoqwen.routing import at_step, build_model, mean_stats, penalty_weights, tokens_used
+from nanoqwen.runfolder import (
     check_disk,
     clear,
     inventory,
@@ -73,8 +73,8 @@ from runfolder import (
     write_atomic,
     write_status,
 )
-from tokenizer import Tokenizer, escape_terminal, pieces_of
-from triplets import TripletBatches
+from nanoqwen.tokenizer import Tokenizer, escape_terminal, pieces_of
+from nanoqwen.weights import load_model, write_folder
 
 SECTIONS = ("run", "model", "routing", "data", "train")  # of the configuration, which decide what comes out of train.py
 PREEMPTED = 75  # exit code: stopped by a signal, everything saved

@@ -16,7 +16,7 @@ import runs
 import torch
 from corpora import VOCAB
 
-from corpus import DataConfig, Prepared, prepare
+from nanoqwen.corpus import DataConfig, Prepared, prepare
 
 torch.set_num_threads(1)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-import corpus
-from corpus import DataConfig, Prepared, TokenShards
-from tokenizer import load_tokenizer
+from nanoqwen import corpus
+from nanoqwen.corpus import DataConfig, Prepared, TokenShards
+from nanoqwen.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 EOS = 256  # of the tokenizer `bytes`

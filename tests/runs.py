@@ -147,8 +147,8 @@ class Starter:
 def serve(folder: Path) -> None:
     """Forks for each line that asks for a start, and says how a child ended for each that asks for that."""
     sys.path.insert(0, str(ROOT))
-    import log
     import train
+    from nanoqwen import log
 
     log.SECONDS = 0.0  # for the measurement of this CPU's peak, at each start; nothing here looks at it
     (folder / "corpus").mkdir()
@@ -167,7 +167,7 @@ def serve(folder: Path) -> None:
 
 
 def _become(train: ModuleType, arguments: list[str], halted: bool, out: str, err: str, first: str) -> NoReturn:
-    from config import run_script
+    from nanoqwen.config import run_script
 
     for number, path in enumerate((os.devnull, out, err)):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC

@@ -16,5 +16,5 @@ trap 'rm -rf "$folder"' EXIT
 "$python" infer.py --ckpt "$folder/sft" --instruct --prompt "Say hello." --max_new_tokens 10
 "$python" checkpoint.py export "$folder/sft" "$folder/merged" --merge
 "$python" checkpoint.py verify "$folder/sft"
-"$python" report.py compare "$folder/run" "$folder/sft" --output "$folder/compare.html"
+"$python" -m nanoqwen.report compare "$folder/run" "$folder/sft" --output "$folder/compare.html"
 echo "smoke: ok"

@@ -18,11 +18,20 @@ import tiny
 import torch
 from corpora import ROOT
 
-import chat
-import corpus
-from chat import ChatBatches, ChatConfig, ChatData, Example, chat_windows, conversation, fitted, packed, prepare_chat
 from data import IGNORE, show
-from tokenizer import BYTES_PATTERN, DataError, Tokenizer, load_tokenizer, render_chat
+from nanoqwen import chat, corpus
+from nanoqwen.chat import (
+    ChatBatches,
+    ChatConfig,
+    ChatData,
+    Example,
+    chat_windows,
+    conversation,
+    fitted,
+    packed,
+    prepare_chat,
+)
+from nanoqwen.tokenizer import BYTES_PATTERN, DataError, Tokenizer, load_tokenizer, render_chat
 
 BYTES = load_tokenizer("bytes")
 START, END = 257, 258  # <|im_start|>, <|im_end|> of the tokenizer `bytes`
@@ -689,7 +698,7 @@ def test_the_program(tmp_path, capsys):
 
 def test_the_program_leaves_with_3_and_one_line(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"question": "a"}])
-    script = [sys.executable, "chat.py", f"--chat.train={path}", "--data.tokenizer=bytes"]
+    script = [sys.executable, "-m", "nanoqwen.chat", f"--chat.train={path}", "--data.tokenizer=bytes"]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr == f"error: {path}:1: expected {chat.SHAPES}, got 'question'\n"

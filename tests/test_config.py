@@ -11,11 +11,11 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-import config
-from config import Config, ConfigError, check, dump, help_text, load_config, run_script
 from model import ModelConfig
+from nanoqwen import config
+from nanoqwen.config import Config, ConfigError, check, dump, help_text, load_config, run_script
 
-ROOT = Path(config.__file__).parent
+ROOT = Path(config.__file__).parents[1]
 TINY_MODEL = "hidden_size: 64\n  num_attention_heads: 4\n  num_key_value_heads: 2\n"
 
 
@@ -566,7 +566,7 @@ def test_run_script_lets_errors_of_the_program_through():
 SCRIPT = """\
 import sys
 sys.path.insert(0, {root!r})
-import config
+from nanoqwen import config
 
 def main(argv):
     print(config.dump(config.load_config(argv, "infer")), flush=True)

@@ -19,21 +19,29 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import contrast
 import finetune
-import heldout
 import train
-from chat import packed
-from checkpoint import export, load_model, resolve
-from config import ConfigError, load_config
-from contrast import HEAD, ProjectionHead, figures, infonce, linear, load_head, margin, pool
 from data import micro_batches
-from distributed import World
-from lora import LoraConfig, apply_lora
 from model import GPT, IGNORE, ModelConfig, generate
-from runfolder import verify
-from tokenizer import DataError, load_tokenizer
-from triplets import ContrastConfig, Tokenised, TripletBatch, TripletBatches, batch_of, tokenised, triplet
+from nanoqwen import evaluate
+from nanoqwen.chat import packed
+from nanoqwen.config import ConfigError, load_config
+from nanoqwen.distributed import World
+from nanoqwen.injection import contrast
+from nanoqwen.injection.contrast import HEAD, ProjectionHead, figures, infonce, linear, load_head, margin, pool
+from nanoqwen.injection.triplets import (
+    ContrastConfig,
+    Tokenised,
+    TripletBatch,
+    TripletBatches,
+    batch_of,
+    tokenised,
+    triplet,
+)
+from nanoqwen.lora import LoraConfig, apply_lora
+from nanoqwen.runfolder import verify
+from nanoqwen.tokenizer import DataError, load_tokenizer
+from nanoqwen.weights import export, load_model, resolve
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 BYTES = load_tokenizer("bytes")
@@ -458,14 +466,16 @@ def test_p05_one_name_is_one_formula_in_training_and_validation(base: Path, rows
         (twin / f"{name}.jsonl").write_text("\n".join(lines))
     cfg = load_config(options(base, twin, run, "--contrast.eval_rows=8", "--batch_tokens=2048"), "finetune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("triplets.straddling", lambda train, val: [])  # which would refuse the same rows on both sides
+        patch.setattr(
+            "nanoqwen.injection.triplets.straddling", lambda train, val: []
+        )  # which would refuse the same rows on both sides
         trainer = finetune.build_contrast(cfg, ALONE)
     trainer = trainer._replace(model=trainer.model.eval())
     (micro,) = micro_batches(trainer.batches(0), 99, ALONE.device)
     assert trainer.batches.epoch(1) == 1  # all of them are in one step
     with torch.no_grad():
         out = trainer.objective(*micro)
-    loss = heldout.evaluate(trainer.model, trainer.windows, trainer.bytes_of, ALONE, nullcontext())
+    loss = evaluate.evaluate(trainer.model, trainer.windows, trainer.bytes_of, ALONE, nullcontext())
     result = loss | trainer.exam(trainer)
     assert float(out.metrics["loss"] / out.weight) == pytest.approx(result["loss"], rel=1e-5)
     shared = {name for name in result if name.startswith("contrast/")}

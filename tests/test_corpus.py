@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from corpora import EOS, ROOT, VOCAB, all_documents, documents, jsonl, texts, tokens, write_as
 
-import corpus
-from corpus import DataConfig, Prepared, TokenShards, prepare
 from data import PretrainBatches
-from tokenizer import DataError, load_tokenizer, train_tokenizer
+from nanoqwen import corpus
+from nanoqwen.corpus import DataConfig, Prepared, TokenShards, prepare
+from nanoqwen.tokenizer import DataError, load_tokenizer, train_tokenizer
 
 # --- D01, D02: documents and their ends -----------------------------------------------------------------------------
 
@@ -443,7 +443,7 @@ def test_e7_a_flipped_bit_in_the_trained_tokenizer_is_mended(build, tmp_path):
 
 KILLED = """
 import json, os, sys
-import corpus
+from nanoqwen import corpus
 corpus.JOB, corpus.LEDGER = 200, 1000
 left = int(sys.argv[2])
 def dying(path, content, write=corpus._write):
@@ -632,7 +632,7 @@ def test_a_local_folder_through_datasets(build, tmp_path, quiet_datasets, suffix
 
 PREPARE = """
 import resource, sys
-from corpus import DataConfig, prepare
+from nanoqwen.corpus import DataConfig, prepare
 found = prepare(DataConfig("bytes", (sys.argv[1],), cache_dir=sys.argv[2]), 4096, progress=False)
 print(len(found.train[0][0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

@@ -18,9 +18,9 @@ import torch
 from corpora import EOS, ROOT, documents, jsonl, made, split_at_eos, stream_config, texts, tokens, write_as
 
 import data
-from corpus import DataConfig, prepare
 from data import IGNORE, Mixture, PretrainBatches, StreamBatches, eval_windows, open_batches, shuffled, token_bytes
-from tokenizer import DataError, load_tokenizer, train_tokenizer
+from nanoqwen.corpus import DataConfig, prepare
+from nanoqwen.tokenizer import DataError, load_tokenizer, train_tokenizer
 
 GOLDEN_ORDER = [3, 8, 5, 6, 7, 1, 4, 0, 9, 2]
 GOLDEN_SHA = "566fe7460913b71e"

@@ -17,17 +17,16 @@ from torch.nn import functional
 
 import eval as suite
 import finetune
-import heldout
 import train
-from checkpoint import export, load_model, resolve, write_adapter
-from config import ConfigError, load_config
 from data import Batch, eval_windows, token_bytes
-from distributed import World
-from heldout import evaluate, measure, ratio, token_losses
-from lora import LoraConfig, apply_lora
 from model import IGNORE
-from routing import RoutingConfig, build_model
-from tokenizer import load_tokenizer
+from nanoqwen.config import ConfigError, load_config
+from nanoqwen.distributed import World
+from nanoqwen.evaluate import evaluate, measure, ratio, run_of, token_losses
+from nanoqwen.lora import LoraConfig, apply_lora
+from nanoqwen.routing import RoutingConfig, build_model
+from nanoqwen.tokenizer import load_tokenizer
+from nanoqwen.weights import export, load_model, resolve, write_adapter
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 BYTES = load_tokenizer("bytes")
@@ -35,7 +34,7 @@ BYTES = load_tokenizer("bytes")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("log.SECONDS", 0.0)  # for the measurement of this CPU's peak
+    monkeypatch.setattr("nanoqwen.log.SECONDS", 0.0)  # for the measurement of this CPU's peak
 
 
 def trained(corpus: Path, run: Path, *more: str) -> Path:
@@ -247,7 +246,7 @@ def test_measuring_by_rows_is_evaluating_as_the_loop_does(kind: str, logits: int
     sizes = torch.arange(97) % 5
     with torch.no_grad():
         expected = evaluate(model, windows_of(), sizes, ALONE, torch.no_grad())
-    monkeypatch.setattr(heldout, "LOGITS_PER_CHUNK", logits)
+    monkeypatch.setattr("nanoqwen.evaluate.LOGITS_PER_CHUNK", logits)
     found = measure(model, windows_of(), sizes, ALONE.device, torch.no_grad())
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert getattr(found, name).value == pytest.approx(expected[name], rel=1e-6)
@@ -397,9 +396,9 @@ def test_a_checkpoint_is_named_from_wherever_one_stands(
     for folder, name in ((run / "checkpoints", resolve(run).name), (run, f"checkpoints/{resolve(run).name}")):
         monkeypatch.chdir(folder)
         names.append(asked(Path(name), corpus, tmp_path / "out.json")["data"])
-        assert heldout.run_of(Path(name)).resolve() == run.resolve()
+        assert run_of(Path(name)).resolve() == run.resolve()
     assert names == [f"validation text of {run}", "validation text of ."]
-    assert heldout.run_of(tmp_path) is None
+    assert run_of(tmp_path) is None
 
 
 def test_a_run_of_an_older_version_has_the_defaults_of_younger_keys(run: Path, corpus: Path, tmp_path: Path):

@@ -13,12 +13,12 @@ import runs
 import torch
 
 import finetune
-from chat import ChatConfig, prepare_chat
-from checkpoint import export, load_model, resolve
-from config import ConfigError
 from model import GPT, ModelConfig, generate
-from runfolder import verify
-from tokenizer import load_tokenizer, render_chat
+from nanoqwen.chat import ChatConfig, prepare_chat
+from nanoqwen.config import ConfigError
+from nanoqwen.runfolder import verify
+from nanoqwen.tokenizer import load_tokenizer, render_chat
+from nanoqwen.weights import export, load_model, resolve
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey"]
 

@@ -16,13 +16,13 @@ import torch
 import transformers
 
 import checkpoint
-import gguf_export
-from checkpoint import CheckpointError, export, load_model
-from config import ConfigError, exit_code_of
-from gguf_export import write_gguf
 from model import GPT, RopeScaling, generate
-from routing import RoutingConfig, build_model
-from tokenizer import CHATML_TEMPLATE, GPT2_PATTERN, Tokenizer, load_tokenizer, train_tokenizer
+from nanoqwen import gguf as gguf_writer
+from nanoqwen.config import ConfigError, exit_code_of
+from nanoqwen.gguf import write_gguf
+from nanoqwen.routing import RoutingConfig, build_model
+from nanoqwen.tokenizer import CHATML_TEMPLATE, GPT2_PATTERN, Tokenizer, load_tokenizer, train_tokenizer
+from nanoqwen.weights import CheckpointError, export, load_model
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -251,5 +251,5 @@ def test_llama_cpp_writes_the_same_greedy_text(kind: str, folders: dict[str, Pat
 
 def test_names_of_split_patterns_are_those_of_llama_cpp():
     """Read in its src/llama-vocab.cpp; the pattern of Llama 3's tokenizer.json differs from Qwen2's in its digits."""
-    assert set(gguf_export.PRE_TOKENIZERS.values()) == {"qwen2", "gpt-2", "llama-bpe"}
-    assert r"\p{N}{1,3}| ?[^\s" in gguf_export.LLAMA3_PATTERN
+    assert set(gguf_writer.PRE_TOKENIZERS.values()) == {"qwen2", "gpt-2", "llama-bpe"}
+    assert r"\p{N}{1,3}| ?[^\s" in gguf_writer.LLAMA3_PATTERN

@@ -15,12 +15,12 @@ import torch
 
 import eval as suite
 import train
-from checkpoint import export, load_model, resolve
-from config import ConfigError
-from harness import HarnessLM, evaluated, find_tasks, load_tasks
 from model import beam_search, generate
-from routing import RoutingConfig, build_model, tokens_used
-from tokenizer import DataError, Tokenizer, load_tokenizer, train_tokenizer
+from nanoqwen.config import ConfigError
+from nanoqwen.harness import HarnessLM, evaluated, find_tasks, load_tasks
+from nanoqwen.routing import RoutingConfig, build_model, tokens_used
+from nanoqwen.tokenizer import DataError, Tokenizer, load_tokenizer, train_tokenizer
+from nanoqwen.weights import export, load_model, resolve
 
 CONTEXT = 64
 TEXTS = [
@@ -533,7 +533,7 @@ def test_without_control_tokens_there_is_no_chat(tasks: Path, tmp_path: Path):
 def test_a_run_asks_its_tasks_once_at_its_end_and_is_finished_whatever_they_do(
     corpus: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr("log.SECONDS", 0.0)  # for the measurement of this CPU's peak
+    monkeypatch.setattr("nanoqwen.log.SECONDS", 0.0)  # for the measurement of this CPU's peak
     run = tmp_path / "run"
     plain = runs.options(corpus, run, "--train.steps=6", "--train.eval_every=3")
     with_tasks = [*plain, f"--eval.include_path={tasks}", "--eval.tasks=tiny_choices", "--eval.limit=3"]

@@ -17,10 +17,10 @@ import tiny
 import torch
 
 import infer
-from checkpoint import export, load_model
-from config import ConfigError, load_config, run_script
 from model import GPT, generate
-from tokenizer import load_tokenizer, render_chat, train_tokenizer
+from nanoqwen.config import ConfigError, load_config, run_script
+from nanoqwen.tokenizer import load_tokenizer, render_chat, train_tokenizer
+from nanoqwen.weights import export, load_model
 
 ROOT = Path(__file__).parents[1]
 

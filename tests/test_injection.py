@@ -21,11 +21,12 @@ import torch
 from corpora import ROOT
 from safetensors.torch import save_file
 
-import eval as suite
-from checkpoint import export, hash_weights, load_model, write_adapter
-from config import ConfigError, load_config
-from contrast import HEAD, ProjectionHead, load_head
-from injection import (
+import eval
+from model import GPT, generate
+from nanoqwen.config import ConfigError, load_config
+from nanoqwen.injection import suite
+from nanoqwen.injection.contrast import HEAD, ProjectionHead, load_head
+from nanoqwen.injection.score import (
     BATCH,
     BENIGN,
     COMPLIANCES,
@@ -46,10 +47,10 @@ from injection import (
     score,
     token_f1,
 )
-from lora import LoraConfig, apply_lora
-from model import GPT, generate
-from tokenizer import DataError, load_tokenizer
-from triplets import Tokenised, Triplet, area_under_curve, tokenised, triplet
+from nanoqwen.injection.triplets import Tokenised, Triplet, area_under_curve, tokenised, triplet
+from nanoqwen.lora import LoraConfig, apply_lora
+from nanoqwen.tokenizer import DataError, load_tokenizer
+from nanoqwen.weights import export, hash_weights, load_model, write_adapter
 
 BYTES = load_tokenizer("bytes")
 Row = dict[str, Any]
@@ -459,7 +460,7 @@ def test_p08_table_intervals_and_json_from_end_to_end(
     models: Path, data: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     output = tmp_path / "out.json"
-    suite.main(options(data, models / "adapter", f"--output={output}"))
+    eval.main(options(data, models / "adapter", f"--output={output}"))
     said, found = capsys.readouterr().out, reported(output)
     names = ["base", "LoRA off", "fine-tuned"]
     lines = said.splitlines()
@@ -500,7 +501,7 @@ def test_p08_table_intervals_and_json_from_end_to_end(
 
 
 def test_the_lora_off_row_is_the_base_to_the_letter(models: Path, data: tuple[str, str], tmp_path: Path):
-    suite.main(options(data, models / "adapter", f"--output={tmp_path / 'out.json'}"))
+    eval.main(options(data, models / "adapter", f"--output={tmp_path / 'out.json'}"))
     found = reported(tmp_path / "out.json")
     assert found["scores"]["LoRA off"] == found["scores"]["base"]
     assert all(each["LoRA off"] == each["base"] for each in found["answers"])
@@ -510,7 +511,7 @@ def test_the_lora_off_row_is_the_base_to_the_letter(models: Path, data: tuple[st
 @pytest.mark.parametrize("ckpt", ["a", "b"])
 def test_a_model_that_can_do_nothing_fails(models: Path, data: tuple[str, str], tmp_path: Path, ckpt: str):
     """It withstands every attack. So does the base itself, which is no better than itself."""
-    suite.main(options(data, models / ckpt, f"--base={models / 'a'}", f"--output={tmp_path / 'out.json'}"))
+    eval.main(options(data, models / ckpt, f"--base={models / 'a'}", f"--output={tmp_path / 'out.json'}"))
     found = reported(tmp_path / "out.json")
     assert found["scores"]["fine-tuned"]["all rows"]["attack_success"]["count"] == 0
     assert found["acceptance"]["the detectors are sound"]
@@ -592,7 +593,7 @@ def test_mistakes_are_named_before_anything_is_computed(models: Path, data: tupl
         (options((data[0], "nowhere.jsonl"), adapter), r"^contrast\.train: nowhere\.jsonl: no such file"),
     ):
         with pytest.raises(Exception, match=said) as error:
-            suite.main(arguments)
+            eval.main(arguments)
         assert error.value.exit_code in (2, 3, 4)
 
 
@@ -625,16 +626,16 @@ def test_a_run_says_what_it_came_from_and_was_trained_on(models: Path, data: tup
     assert (source.folder, source.base, source.is_adapter) == (checkpoint, str(models / "a"), False)
     assert source.trained_on == (data[0],)  # what is recorded, not what the command says
     with pytest.raises(DataError, match="not independent"):
-        suite.main(options(data, tmp_path / "run"))
+        eval.main(options(data, tmp_path / "run"))
     # Rows that chose the best checkpoint were welcome as a test.
     record["contrast"] = {"train": [data[1]], "val": [data[0]]}
     (checkpoint / "state.json").write_text(json.dumps({"config": record}))
     with pytest.raises(DataError, match="not independent"):
-        suite.main(options(data, tmp_path / "run"))
+        eval.main(options(data, tmp_path / "run"))
     record["contrast"] = {"train": [data[0]], "val": []}
     (checkpoint / "state.json").write_text(json.dumps({"config": record}))
     assert suite.output_of(cfg, source) == tmp_path / "run" / "injection.json"
-    suite.main(options((data[1], data[1]), tmp_path / "run"))
+    eval.main(options((data[1], data[1]), tmp_path / "run"))
     found = reported(tmp_path / "run" / "injection.json")
     assert (found["model"], found["trained_on"]) == (str(checkpoint), [data[0]])
 
@@ -643,11 +644,11 @@ def test_detectors_that_cannot_be_trusted_abort_it(models: Path, data: tuple[str
     rows = [row(n) | {"answer_injection": f"amber-falcon {n}"} for n in range(12)]
     output = tmp_path / "out.json"
     with pytest.raises(DataError, match=r"^eval\.data: the detectors cannot be trusted on these rows, nothing is repo"):
-        suite.main(options((write(tmp_path / "a.jsonl", rows), data[1]), models / "adapter", f"--output={output}"))
+        eval.main(options((write(tmp_path / "a.jsonl", rows), data[1]), models / "adapter", f"--output={output}"))
     assert not output.exists()
     rows = [row(n, canary=None) for n in range(3)]
     with pytest.raises(DataError, match=r"a\.jsonl:1: attack\.canary: expected the text"):
-        suite.main(options((write(tmp_path / "a.jsonl", rows), data[1]), models / "adapter", f"--output={output}"))
+        eval.main(options((write(tmp_path / "a.jsonl", rows), data[1]), models / "adapter", f"--output={output}"))
 
 
 def test_rows_that_are_left_out_or_cut_are_told(
@@ -658,7 +659,7 @@ def test_rows_that_are_left_out_or_cut_are_told(
     test = write(tmp_path / "test.jsonl", [row(1), {}, long, row(3)])
     train = write(tmp_path / "train.jsonl", [row(100), row(101) | {"answer": "x" * 300}])  # left out in training too
     more = (f"--output={tmp_path / 'out.json'}", "--contrast.max_bad_rows=1")
-    suite.main(options((test, train), models / "adapter", *more))
+    eval.main(options((test, train), models / "adapter", *more))
     said = capsys.readouterr().out
     assert f"malformed  1 rows left out ({test}:2: expected system or " in said
     assert "warning: base: 1 requests are too long" in said
@@ -671,7 +672,7 @@ def test_rows_that_are_left_out_or_cut_are_told(
 def test_a_model_without_a_tokenizer_is_one_line(models: Path, data: tuple[str, str], tmp_path: Path):
     export(load_model(models / "b")[0], None, tmp_path / "mute")
     with pytest.raises(ConfigError, match=r"^eval\.ckpt: expected models with a tokenizer each, got one without"):
-        suite.main(options(data, tmp_path / "mute", f"--base={models / 'a'}", f"--output={tmp_path / 'out.json'}"))
+        eval.main(options(data, tmp_path / "mute", f"--base={models / 'a'}", f"--output={tmp_path / 'out.json'}"))
 
 
 def test_no_type_of_attack_takes_the_place_of_all_rows():
@@ -684,7 +685,7 @@ def test_no_type_of_attack_takes_the_place_of_all_rows():
 
 
 def test_a_limit_asks_fewer(models: Path, data: tuple[str, str], tmp_path: Path):
-    suite.main(options(data, models / "adapter", "--eval.limit=5", f"--output={tmp_path / 'out.json'}"))
+    eval.main(options(data, models / "adapter", "--eval.limit=5", f"--output={tmp_path / 'out.json'}"))
     found = reported(tmp_path / "out.json")
     assert len(found["answers"]) == 5
     assert found["scores"]["base"]["all rows"]["utility"]["of"] == 5

@@ -16,14 +16,14 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import log
 import train
-from config import Config, load_config
 from data import Batch, micro_batches
-from distributed import World
-from log import MetricLog, Peak, Speed
 from model import flops_per_token
-from runfolder import NonFiniteError
+from nanoqwen import log
+from nanoqwen.config import Config, load_config
+from nanoqwen.distributed import World
+from nanoqwen.log import MetricLog, Peak, Speed
+from nanoqwen.runfolder import NonFiniteError
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -271,7 +271,7 @@ def test_wandb_offline_holds_every_number_of_each_row_also_after_a_resume(sittin
 
 
 def test_wandb_is_not_imported_unless_asked(tmp_path: Path):
-    code = "import sys, log, train, test_log; from pathlib import Path\n"
+    code = "import sys, train, test_log; from nanoqwen import log; from pathlib import Path\n"
     code += "test_log.metric_log(Path(sys.argv[1])).open().__enter__(); assert 'wandb' not in sys.modules"
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env)

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 import checkpoint
 import infer
-from checkpoint import CheckpointError, export, hash_weights, load_model, read_adapter, write_adapter
-from config import load_config, run_script
-from lora import (
+from model import GPT, IGNORE
+from nanoqwen import weights
+from nanoqwen.config import load_config, run_script
+from nanoqwen.lora import (
     LoraConfig,
     LoraError,
     LoRALinear,
@@ -41,8 +42,8 @@ from lora import (
     to_peft_name,
     without_lora,
 )
-from model import GPT, IGNORE
-from tokenizer import load_tokenizer
+from nanoqwen.tokenizer import load_tokenizer
+from nanoqwen.weights import CheckpointError, export, hash_weights, load_model, read_adapter, write_adapter
 from train import parameter_groups
 
 ROOT = Path(__file__).parents[1]
@@ -534,8 +535,8 @@ def test_we_load_what_peft_writes(kind: str, form: str, bases, tmp_path: Path):
     export(merged, None, tmp_path / "out")
     with torch.no_grad():
         assert close(base_of_theirs(tmp_path / "out")(IDS).logits, expected)
-    checkpoint.export_adapter(tmp_path / "adapter", tmp_path / "again")
-    stored, again = (load_file(tmp_path / name / checkpoint.ADAPTER_WEIGHTS) for name in ("adapter", "again"))
+    weights.export_adapter(tmp_path / "adapter", tmp_path / "again")
+    stored, again = (load_file(tmp_path / name / weights.ADAPTER_WEIGHTS) for name in ("adapter", "again"))
     assert stored.keys() == again.keys()
     assert all(torch.equal(stored[name], again[name]) for name in stored)
     back = peft.PeftModel.from_pretrained(base_of_theirs(bases[kind]), tmp_path / "again").eval()
@@ -618,9 +619,9 @@ def test_names_and_configuration_round_trip():
 )
 def test_what_would_be_computed_differently_is_refused(change: dict, said: str, bases, tmp_path: Path):
     written(PLAIN, bases["qwen2"], tmp_path / "adapter")
-    path = tmp_path / "adapter" / checkpoint.ADAPTER_CONFIG
+    path = tmp_path / "adapter" / weights.ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    (tmp_path / "adapter" / checkpoint.BASE_RECORD).unlink()
+    (tmp_path / "adapter" / weights.BASE_RECORD).unlink()
     with pytest.raises(CheckpointError, match=said) as refusal:
         load_model(tmp_path / "adapter")
     assert "\n" not in str(refusal.value)
@@ -769,7 +770,7 @@ def test_weights_gathered_by_the_caller_are_what_is_written(bases, tmp_path: Pat
     apply_lora(spread, VARIANTS["embedding"])
     (tmp_path / "two").mkdir()
     write_adapter(spread, VARIANTS["embedding"], bases["qwen2"], None, tmp_path / "two", state=gathered)
-    one, two = (load_file(tmp_path / name / checkpoint.ADAPTER_WEIGHTS) for name in ("one", "two"))
+    one, two = (load_file(tmp_path / name / weights.ADAPTER_WEIGHTS) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -782,9 +783,9 @@ def test_an_adapter_of_an_adapter_is_refused(bases, tmp_path: Path):
     write_adapter(model, PLAIN, tmp_path / "first", None, tmp_path / "second", base_hash="0" * 64)
     with pytest.raises(CheckpointError, match="is an adapter itself"):
         load_model(tmp_path / "second")
-    path = tmp_path / "first" / checkpoint.ADAPTER_CONFIG  # which is its own base, and so on
+    path = tmp_path / "first" / weights.ADAPTER_CONFIG  # which is its own base, and so on
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "first")}))
-    (tmp_path / "first" / checkpoint.BASE_RECORD).unlink()
+    (tmp_path / "first" / weights.BASE_RECORD).unlink()
     with pytest.raises(CheckpointError, match="is an adapter itself"):
         load_model(tmp_path / "first")
 
@@ -809,7 +810,7 @@ def test_the_tokenizer_of_the_adapter_comes_first(tmp_path: Path):
         (tmp_path / name).mkdir()
         write_adapter(model, PLAIN, tmp_path / "base", own, tmp_path / name)
         assert load_model(tmp_path / name)[1].hash == tokenizer.hash
-    record = tmp_path / "with" / checkpoint.BASE_RECORD
+    record = tmp_path / "with" / weights.BASE_RECORD
     record.write_text(json.dumps(json.loads(record.read_text()) | {"tokenizer_hash": "f" * 64}))
     with pytest.raises(CheckpointError, match="tokenizer: the model was trained with ffffffffffff"):
         load_model(tmp_path / "with")
@@ -820,9 +821,9 @@ def test_the_tokenizer_of_the_adapter_comes_first(tmp_path: Path):
 
 def spoiled(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
-        state = load_file(folder / checkpoint.ADAPTER_WEIGHTS)
+        state = load_file(folder / weights.ADAPTER_WEIGHTS)
         change(state)
-        save_file(state, folder / checkpoint.ADAPTER_WEIGHTS)
+        save_file(state, folder / weights.ADAPTER_WEIGHTS)
 
     return spoil
 
@@ -840,10 +841,10 @@ SPOILED = {
     "rank": (spoiled(lambda s: s.update({KEY.replace("_B", "_A"): torch.zeros(8, 32)})), "expected 4 rows as r says"),
     "scalar": (spoiled(lambda s: s.update({KEY.replace("_B", "_A"): torch.tensor(1.0)})), "expected 4 rows as r says"),
     "integers": (spoiled(lambda s: s.update({KEY: torch.zeros(48, 4, dtype=torch.int64)})), "expected numbers of 16"),
-    "empty": (lambda f: (f / checkpoint.ADAPTER_WEIGHTS).write_bytes(b""), "not a readable safetensors file"),
-    "gone": (lambda f: (f / checkpoint.ADAPTER_WEIGHTS).unlink(), r"no adapter_model\.safetensors"),
-    "config": (lambda f: (f / checkpoint.ADAPTER_CONFIG).write_text("[1]"), "expected a JSON object"),
-    "record": (lambda f: (f / checkpoint.BASE_RECORD).write_text("{"), "not readable JSON"),
+    "empty": (lambda f: (f / weights.ADAPTER_WEIGHTS).write_bytes(b""), "not a readable safetensors file"),
+    "gone": (lambda f: (f / weights.ADAPTER_WEIGHTS).unlink(), r"no adapter_model\.safetensors"),
+    "config": (lambda f: (f / weights.ADAPTER_CONFIG).write_text("[1]"), "expected a JSON object"),
+    "record": (lambda f: (f / weights.BASE_RECORD).write_text("{"), "not readable JSON"),
 }  # fmt: skip
 
 
@@ -873,7 +874,7 @@ def test_s1_pickled_adapters_do_not_run(bases, tmp_path: Path):
         with pytest.raises(CheckpointError):
             load_model(tmp_path / "adapter")
         (tmp_path / "adapter" / name).write_bytes(good[name])
-    (tmp_path / "adapter" / checkpoint.ADAPTER_WEIGHTS).unlink()
+    (tmp_path / "adapter" / weights.ADAPTER_WEIGHTS).unlink()
     (tmp_path / "adapter" / "adapter_model.bin").write_bytes((tmp_path / "evil").read_bytes())
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle, which is not read"):
         load_model(tmp_path / "adapter")
@@ -909,11 +910,11 @@ def test_export_commands(bases, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert close(base_of_theirs(tmp_path / "merged")(IDS).logits, logits(ours))
-    assert not (tmp_path / "merged" / checkpoint.ADAPTER_CONFIG).exists()
+    assert not (tmp_path / "merged" / weights.ADAPTER_CONFIG).exists()
     done = run(checkpoint.main, "export", str(adapter), str(tmp_path / "copy"), "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert "PeftModel" in done.stdout
-    assert {t.dtype for t in load_file(tmp_path / "copy" / checkpoint.ADAPTER_WEIGHTS).values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "copy" / weights.ADAPTER_WEIGHTS).values()} == {torch.bfloat16}
     assert read_adapter(tmp_path / "copy").base_hash == read_adapter(adapter).base_hash
     assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "copy").iterdir()} == {"0o644"}
 
@@ -923,10 +924,10 @@ def test_export_commands(bases, tmp_path: Path):
     compare = run(checkpoint.main, "parity", str(adapter))
     assert (compare.returncode, compare.stderr.count("\n")) == (4, 1)
     assert "export --merge" in compare.stderr
-    config = json.loads((adapter / checkpoint.ADAPTER_CONFIG).read_text())
+    config = json.loads((adapter / weights.ADAPTER_CONFIG).read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
-    (adapter / checkpoint.ADAPTER_CONFIG).write_text(json.dumps(config))
-    (adapter / checkpoint.BASE_RECORD).unlink()
+    (adapter / weights.ADAPTER_CONFIG).write_text(json.dumps(config))
+    (adapter / weights.BASE_RECORD).unlink()
     command = [sys.executable, "checkpoint.py", "export", str(adapter), str(tmp_path / "x"), "--merge"]
     missing = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (missing.returncode, missing.stderr.count("\n")) == (4, 1)

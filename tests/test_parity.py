@@ -14,10 +14,10 @@ import transformers
 from torch import nn
 
 import checkpoint
-import parity
-import published
-from checkpoint import CheckpointError, export, load_model
 from model import IGNORE, generate, rope_tables
+from nanoqwen import hf_format
+from nanoqwen import weights as weights_file
+from nanoqwen.weights import READ_BYTES, CheckpointError, export, load_model
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -105,8 +105,8 @@ def test_logits_and_gradients_are_those_of_transformers(kind: str, folders: dict
     out = ours(IDS, targets)
     (out.loss / out.weight).backward()
     assert torch.allclose(out.loss / out.weight, loss, rtol=1e-5)
-    kind_hf = published.hf_model_type(ours.cfg)
-    ours_grads = published.to_hf(kind_hf, {name: p.grad for name, p in ours.named_parameters()})
+    kind_hf = hf_format.hf_model_type(ours.cfg)
+    ours_grads = hf_format.to_hf(kind_hf, {name: p.grad for name, p in ours.named_parameters()})
     for name, p in reference.named_parameters():
         difference = (ours_grads[name] - p.grad).abs().max()
         assert difference <= 1e-4 * p.grad.abs().max() + 1e-9, name
@@ -167,7 +167,7 @@ def test_sharded_folders_load_and_are_written(
     ours, _ = load_model(tmp_path / "sharded")
     whole, _ = load_model(folders["qwen2-untied"])
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), whole.parameters(), strict=True))
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(weights_file, "SHARD_BYTES", 20_000)
     export(ours, None, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -285,7 +285,7 @@ def test_files_of_mixed_precision_are_made_alike(folders: dict[str, Path], tmp_p
 )  # fmt: skip
 def test_nonsense_in_a_config_json_is_one_line(change: dict):
     with pytest.raises(CheckpointError) as refusal:
-        published.config_from_hf({"model_type": "qwen2", **SHAPE, **change})
+        hf_format.config_from_hf({"model_type": "qwen2", **SHAPE, **change})
     assert "\n" not in str(refusal.value)
 
 
@@ -319,20 +319,20 @@ def test_a_tied_head_that_is_stored_too_must_be_the_embedding(folders: dict[str,
 def test_shapes_that_we_would_compute_differently_are_refused(kind, change, said, folders, tmp_path: Path):
     hf = json.loads((folders[kind] / "config.json").read_text()) | change
     with pytest.raises(CheckpointError, match=said) as refusal:
-        published.config_from_hf(hf)
+        hf_format.config_from_hf(hf)
     assert "\n" not in str(refusal.value)
 
 
 def test_published_files_keep_rope_theta_at_the_top_level():
     """transformers 5 writes rope_parameters; the files of Qwen2.5 and Llama 3 have rope_theta and rope_scaling."""
     hf = {"model_type": "qwen2", **SHAPE, "rope_theta": 123_456.0}
-    assert published.config_from_hf(hf).rope_theta == 123_456.0
+    assert hf_format.config_from_hf(hf).rope_theta == 123_456.0
     hf["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    assert published.config_from_hf(hf).rope_scaling == tiny.YARN
-    assert published.config_from_hf(hf).context == 64
+    assert hf_format.config_from_hf(hf).rope_scaling == tiny.YARN
+    assert hf_format.config_from_hf(hf).context == 64
     hf = {"model_type": "qwen2", **SHAPE, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}
-    assert published.config_from_hf(hf).rope_theta == 5.0
-    assert published.config_from_hf(hf).rope_scaling is None
+    assert hf_format.config_from_hf(hf).rope_theta == 5.0
+    assert hf_format.config_from_hf(hf).rope_scaling is None
 
 
 @pytest.mark.parametrize("name", list(tiny.ARCHITECTURES))
@@ -348,7 +348,7 @@ def test_own_shapes_come_back_from_disk(name: str, tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weights_are_read_in_the_wanted_dtype(dtype: torch.dtype, folders, tmp_path: Path, monkeypatch):
     expected, _ = load_model(folders["qwen2"])
-    monkeypatch.setattr(checkpoint, "READ_BYTES", 1_000)  # pieces of a few rows
+    monkeypatch.setattr(weights_file, "READ_BYTES", 1_000)  # pieces of a few rows
     ours, _ = load_model(folders["qwen2"], dtype=dtype)
     for p, q in zip(ours.parameters(), expected.parameters(), strict=True):
         assert p.dtype == dtype
@@ -392,7 +392,7 @@ def test_an_export_is_all_or_nothing(folders: dict[str, Path], tmp_path: Path, m
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(weights_file, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         export(ours, None, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
@@ -413,7 +413,7 @@ def test_a_run_folder_is_its_newest_checkpoint(folders: dict[str, Path], tmp_pat
 
 MEMORY = """
 import resource, sys, torch
-from checkpoint import load_model
+from nanoqwen.weights import load_model
 torch.randn(8, 8) @ torch.randn(8, 8)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 dtype = getattr(torch, sys.argv[2])
@@ -442,7 +442,7 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path):
         ).stdout
         weights, extra = map(int, out.split())
         assert weights > 150e6
-        assert extra <= 1.1 * weights + 2 * checkpoint.READ_BYTES  # the pieces are a constant, not a share
+        assert extra <= 1.1 * weights + 2 * READ_BYTES  # the pieces are a constant, not a share
 
 
 def run_checkpoint(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -476,7 +476,7 @@ def test_parity_says_when_they_differ(folders: dict[str, Path], monkeypatch: pyt
             ours.model.layers[1].input_layernorm.weight.mul_(1.01)
         return ours, tokenizer
 
-    monkeypatch.setattr(parity, "load_model", wrong)
+    monkeypatch.setattr(checkpoint, "load_model", wrong)
     assert checkpoint.main(["parity", str(folders["llama"])]) == 1
 
 
@@ -497,7 +497,7 @@ def test_the_full_shape_of_qwen2_5_0_5b(tmp_path: Path):
     reference = t.Qwen2ForCausalLM(t.Qwen2Config(**shape, rope_theta=1e6, tie_word_embeddings=True)).bfloat16()
     reference.save_pretrained(tmp_path / "published")
     del reference
-    result = parity.parity(tmp_path / "published")
+    result = checkpoint.parity(tmp_path / "published")
     assert result["parameters"] == [494_032_768, 494_032_768]
     assert result["logit_difference"] <= 1e-5
     assert result["greedy_agreement"] == 1.0

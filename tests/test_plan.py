@@ -17,14 +17,14 @@ import tiny
 import torch
 
 import bench
-import plan
 import train
-from config import ConfigError, load_config
-from contrast import ProjectionHead
-from distributed import World
-from lora import LoraConfig, apply_lora
 from model import GPT, KVCache, ModelConfig
-from routing import RoutingConfig, build_model
+from nanoqwen import plan
+from nanoqwen.config import ConfigError, load_config
+from nanoqwen.distributed import World
+from nanoqwen.injection.contrast import ProjectionHead
+from nanoqwen.lora import LoraConfig, apply_lora
+from nanoqwen.routing import RoutingConfig, build_model
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -82,14 +82,15 @@ sys.path.insert(0, {root!r})
 import torch
 from contextlib import nullcontext
 from pathlib import Path
-import finetune, plan, train
-from config import FinetuneConfig
-from contrast import ProjectionHead
+import finetune, train
+from nanoqwen import plan
+from nanoqwen.config import FinetuneConfig
+from nanoqwen.injection.contrast import ProjectionHead
 from data import micro_batches
-from distributed import World
-from lora import LoraConfig, apply_lora
+from nanoqwen.distributed import World
+from nanoqwen.lora import LoraConfig, apply_lora
 from model import GPT, IGNORE, ModelConfig
-from triplets import ContrastConfig, TripletBatch
+from nanoqwen.injection.triplets import ContrastConfig, TripletBatch
 
 ALONE, GROUPS = World(0, 0, 1, torch.device("cpu")), 12
 
@@ -124,7 +125,7 @@ SIZES = {"small": (256, 6, 8192, 16, 256, 8), "wide": (512, 8, 32768, 8, 512, 8)
 @pytest.mark.parametrize("size", SIZES)
 def test_q02_the_estimate_is_within_15_per_cent_of_the_peak_of_a_contrast_step(size: str):
     """The median of three processes: where the heap puts its blocks is a matter of chance."""
-    program = MEASURED.format(root=str(Path(plan.__file__).parent))
+    program = MEASURED.format(root=str(Path(plan.__file__).parents[1]))
     command = [sys.executable, "-c", program, json.dumps(SIZES[size])]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     ratios = [float(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)

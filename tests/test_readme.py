@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import export
 from model import GPT, ModelConfig
-from tokenizer import Tokenizer, train_tokenizer
+from nanoqwen.tokenizer import Tokenizer, train_tokenizer
+from nanoqwen.weights import export
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

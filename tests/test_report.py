@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import runs
 
-import report
-from config import run_script
-from history import read_run, rows_of, smoothed
-from plot import Scale, draw, safe, short, thinned, ticks
-from routing import RoutingConfig, penalty_weights
+from nanoqwen import report
+from nanoqwen.config import run_script
+from nanoqwen.plot import Scale, draw, safe, short, thinned, ticks
+from nanoqwen.routing import RoutingConfig, penalty_weights
+from nanoqwen.run_reader import read_run, rows_of, smoothed
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -271,7 +271,7 @@ def test_the_same_folder_gives_the_same_bytes(tmp_path: Path):
     run = write_hostile(tmp_path / "a" / "run")
     shutil.copytree(run, tmp_path / "b" / "run")
     report.attempt(run)
-    code = f"import report, pathlib; report.attempt(pathlib.Path({str(tmp_path / 'b' / 'run')!r}))"
+    code = f"import pathlib; from nanoqwen import report; report.attempt(pathlib.Path({str(tmp_path / 'b' / 'run')!r}))"
     env = {"PYTHONHASHSEED": "3", "TZ": "X3", "LC_ALL": "C", "PATH": ""}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
     assert (run / "report.html").read_bytes() == (tmp_path / "b" / "run" / "report.html").read_bytes()
@@ -521,7 +521,7 @@ def test_a_run_ends_with_its_report(reference: Path):
 
 
 def test_a_report_that_fails_is_a_warning_and_the_run_is_done(corpus: Path, starter: runs.Starter, tmp_path: Path):
-    first = "import report\nreport.page = None"
+    first = "from nanoqwen import report\nreport.page = None"
     started = starter.run(*runs.options(corpus, tmp_path / "run", "--train.steps=4"), first=first)
     assert runs.status(tmp_path / "run")["status"] == "done"
     assert re.search(r"^warning: .*: no report.html: TypeError", started.stderr, re.MULTILINE)
@@ -538,8 +538,8 @@ def test_a_run_that_fails_leaves_its_report(corpus: Path, starter: runs.Starter,
 
 def test_samples_of_a_routed_run_say_what_computed_each_token(corpus: Path, starter: runs.Starter, tmp_path: Path):
     """Oracle: the model of the checkpoint, asked again."""
-    from checkpoint import load_model
-    from routing import tokens_used
+    from nanoqwen.routing import tokens_used
+    from nanoqwen.weights import load_model
 
     run = tmp_path / "run"
     starter.run(*runs.options(corpus, run, "--routing.kind=mod", "--routing.capacity=0.5", "--train.sample_tokens=12"))

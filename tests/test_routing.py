@@ -15,9 +15,18 @@ import torch
 from routing_reference import Reference
 from torch import Tensor, nn
 
-import routing
 from model import GPT, KVCache, beam_search, generate
-from routing import RoutingConfig, at_step, build_model, layers_used, penalty_weights, routed_by, routed_layers, top
+from nanoqwen import routing
+from nanoqwen.routing import (
+    RoutingConfig,
+    at_step,
+    build_model,
+    layers_used,
+    penalty_weights,
+    routed_by,
+    routed_layers,
+    top,
+)
 
 KINDS = ("mod", "dtf", "tdtf")
 PRIORS = {"dtf": "prior_ffn", "tdtf": "transition_net"}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import train
-from config import load_config
 from data import Batch
-from distributed import World
 from model import GPT, ModelConfig
-from routing import RoutingConfig, build_model, mean_stats, penalty_weights, routed_by
+from nanoqwen.config import load_config
+from nanoqwen.distributed import World
+from nanoqwen.routing import RoutingConfig, build_model, mean_stats, penalty_weights, routed_by
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 ROWS, LENGTH, HELD_OUT = 8, 96, 1024  # of a step; of a row in bytes; rows of each half of the held-out text

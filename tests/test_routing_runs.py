@@ -20,22 +20,29 @@ from torch import Tensor
 
 import bench
 import finetune
-import heldout
 import infer
 import model as dense
-import plan
 import train
-from checkpoint import CheckpointError, export, is_adapter, load_model
 from checkpoint import main as checkpoint_main
-from config import ConfigError, load_config
 from data import Batch, micro_batches
-from distributed import World
 from finetune import with_routers
-from lora import LoraConfig, apply_lora, lora_state
 from model import GPT, IGNORE, ModelConfig
-from routing import RoutingConfig, at_step, build_model, flops_per_token, penalty_weights, routed_by, tokens_used
-from runfolder import verify
-from tokenizer import load_tokenizer
+from nanoqwen import evaluate, plan
+from nanoqwen.config import ConfigError, load_config
+from nanoqwen.distributed import World
+from nanoqwen.lora import LoraConfig, apply_lora, lora_state
+from nanoqwen.routing import (
+    RoutingConfig,
+    at_step,
+    build_model,
+    flops_per_token,
+    penalty_weights,
+    routed_by,
+    tokens_used,
+)
+from nanoqwen.runfolder import verify
+from nanoqwen.tokenizer import load_tokenizer
+from nanoqwen.weights import CheckpointError, export, is_adapter, load_model
 from train import LanguageModeling
 
 KINDS = ("mod", "dtf", "tdtf")
@@ -230,7 +237,7 @@ def test_inv_21_a_checkpoint_is_the_model(done: tuple[str, Path]):
     row = [row for row in runs.lines(run / "metrics.jsonl") if row.get("step") == 20 and "val/loss" in row][-1]
     cfg = load_config([str(run / "config.yaml")], "train")
     trainer = train.build(cfg, ALONE)
-    result = heldout.evaluate(again, trainer.windows, train.token_bytes(trainer.tokenizer), ALONE, train.nullcontext())
+    result = evaluate.evaluate(again, trainer.windows, train.token_bytes(trainer.tokenizer), ALONE, train.nullcontext())
     assert result["loss"] == row["val/loss"]
 
 
@@ -326,7 +333,7 @@ def test_inv_19_exactly_the_routers_are_missing(kind: str, qwen: tuple, tmp_path
         ("short", {k: v for k, v in source.state_dict().items() if k != "model.layers.1.mlp.up_proj.weight"}),
         ("long", {**source.state_dict(), "routers.1.causal_router.bias": torch.zeros(1)}),
     ):
-        from checkpoint import write_folder
+        from nanoqwen.weights import write_folder
 
         (tmp_path / name).mkdir()
         write_folder(source, None, tmp_path / name, state=state)

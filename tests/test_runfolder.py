@@ -22,9 +22,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import runfolder
-from checkpoint import CheckpointError, load_model
-from runfolder import (
+from nanoqwen import runfolder
+from nanoqwen.runfolder import (
     BusyError,
     DiskError,
     check_disk,
@@ -38,7 +37,8 @@ from runfolder import (
     write_atomic,
     write_status,
 )
-from tokenizer import Tokenizer, load_tokenizer
+from nanoqwen.tokenizer import Tokenizer, load_tokenizer
+from nanoqwen.weights import CheckpointError, load_model
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {"vocab_size": 260, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -438,7 +438,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 import test_runfolder as t
-import runfolder
+from nanoqwen import runfolder
 
 base, work = Path(sys.argv[3]), Path(sys.argv[4])
 tokenizer, gpt = t.load_tokenizer("bytes"), t.tiny.model(seed=15, **t.SHAPE)
@@ -764,7 +764,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import runfolder
+from nanoqwen import runfolder
 try:
     with runfolder.lock(Path(sys.argv[2])):
         print("held", flush=True)
@@ -839,7 +839,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_the_source_record_names_the_commit_and_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "runfolder.py"))
+    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "nanoqwen" / "runfolder.py"))
     assert source_record()["commit"] is None
     git(tmp_path, "init")
     (tmp_path / "a.py").write_text("1\n")

@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 
 import checkpoint
 import finetune
-import share
 import train
-from checkpoint import CheckpointError, export, load_model, resolve
-from config import ConfigError, exit_code_of
 from model import generate
-from routing import RoutingConfig, build_model
-from tokenizer import DataError, load_tokenizer, render_chat
+from nanoqwen import weights
+from nanoqwen.config import ConfigError, exit_code_of
+from nanoqwen.routing import RoutingConfig, build_model
+from nanoqwen.share import card as card_module
+from nanoqwen.tokenizer import DataError, load_tokenizer, render_chat
+from nanoqwen.weights import CheckpointError, export, load_model, resolve
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -220,7 +221,7 @@ def test_lineage_names_code_weights_base_and_hashes(folders: dict[str, Path], pr
     assert f"run `chat`, step {int(adapter.name[5:])}" in text
     assert hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest() in text
     assert f"base: `base/{resolve(pretrained).name}`" in text
-    assert checkpoint.hash_weights(pretrained) in text
+    assert weights.hash_weights(pretrained) in text
     if source["commit"]:
         assert source["commit"] in text
     assert f"torch {source['versions']['torch']}" in text
@@ -284,7 +285,7 @@ def test_no_secret_and_no_folder_of_the_user_is_in_a_card(name: str, folders: di
 def test_what_is_public_of_a_text(told: str, shown: str, monkeypatch: pytest.MonkeyPatch):
     for home in ("/", "/srv/people/joe", None):  # whoever exports need not be who trained
         monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME")
-        assert share.public(told) == shown
+        assert card_module.public(told) == shown
 
 
 NASTY = [
@@ -296,7 +297,7 @@ NASTY = [
 @pytest.mark.parametrize("text", NASTY, ids=repr)
 def test_text_of_a_run_stays_inert(text: str, tmp_path: Path):
     """CommonMark: within a code span nothing acts but a run of backticks of the fence's length."""
-    span = share.code(text)
+    span = card_module.code(text)
     fence = re.match("`+", span)[0]
     inner = span.removeprefix(fence).removesuffix(fence)
     assert span == fence + inner + fence
@@ -304,13 +305,13 @@ def test_text_of_a_run_stays_inert(text: str, tmp_path: Path):
     assert inner.strip("` ") or not text.strip("` ")
     assert not set("\n|\x1b\u202e") & set(span)
     model = tiny.model(vocab_size=300)
-    origin = share.Origin({"step": 1, "config": {"data": {"train": [text]}}}, {"command": [text, text]}, [], {})
-    front = share._front_matter(text, model, origin, None, apart=False)
-    assert yaml.safe_load(front)["model_name"].strip() == share.one_line(share.public(text)).strip()
+    origin = card_module.Origin({"step": 1, "config": {"data": {"train": [text]}}}, {"command": [text, text]}, [], {})
+    front = card_module._front_matter(text, model, origin, None, apart=False)
+    assert yaml.safe_load(front)["model_name"].strip() == card_module.one_line(card_module.public(text)).strip()
     assert yaml.safe_load(front).keys() == {"library_name", "pipeline_tag", "model_name", "tags"}
-    card = f"---\n{front}---\n\n{share._training(origin, None)}\n"
+    card = f"---\n{front}---\n\n{card_module._training(origin, None)}\n"
     assert huggingface_hub.ModelCard(card).data.license is None
-    outside = re.sub(r"(`+)sh\n.*?\n\1\n", "", share._training(origin, None) + "\n", flags=re.DOTALL)
+    outside = re.sub(r"(`+)sh\n.*?\n\1\n", "", card_module._training(origin, None) + "\n", flags=re.DOTALL)
     assert "\n#" not in outside
     assert outside.count("\n") <= 4
 
@@ -351,9 +352,9 @@ def test_nothing_is_half_exported(pretrained: Path, chat_run: Path, tmp_path: Pa
     for what in ("save_file", "load_tokenizer"):
         if what == "load_tokenizer":
             monkeypatch.undo()
-            monkeypatch.setattr(share, "_lineage", fails)
+            monkeypatch.setattr(card_module, "_lineage", fails)
         else:
-            monkeypatch.setattr(checkpoint, what, fails)
+            monkeypatch.setattr(weights, what, fails)
         for source in (pretrained, chat_run):
             with pytest.raises(Exception, match="No space left") as error:
                 checkpoint.main(["export", str(source), str(tmp_path / "out")])
@@ -376,15 +377,15 @@ def test_options_that_do_not_fit_are_told_in_one_line(pretrained: Path, chat_run
             checkpoint.main(["export", str(pretrained), out, f"--shard_size={size}"])
         assert left.value.code == 2
     assert not list(tmp_path.iterdir())
-    assert [share._bytes(text) for text in ("5GB", "20KB", "1.5mb", "7")] == [5 * 10**9, 20_000, 1_500_000, 7]
+    assert [checkpoint._bytes(text) for text in ("5GB", "20KB", "1.5mb", "7")] == [5 * 10**9, 20_000, 1_500_000, 7]
 
 
 KILLED = """
 import os, signal, sys
-import checkpoint, gguf
+import checkpoint, gguf, nanoqwen.weights as weights
 def killed(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.Path.write_text = gguf.GGUFWriter.write_tensors_to_file = killed  # config.json and the card come last
+weights.Path.write_text = gguf.GGUFWriter.write_tensors_to_file = killed  # config.json and the card come last
 checkpoint.main(sys.argv[1:])
 """
 

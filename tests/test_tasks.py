@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-import tasks
-from corpus import essence
-from injection import calibrate, obeyed, squeezed
-from tasks import (
+from nanoqwen import builtin
+from nanoqwen.builtin import (
     CITIES,
     COLOURS,
     FAMILIES,
@@ -38,7 +36,9 @@ from tasks import (
     conversations,
     triplets,
 )
-from triplets import LENGTH_AUC, Triplet, area_under_curve, triplet
+from nanoqwen.corpus import essence
+from nanoqwen.injection.score import calibrate, obeyed, squeezed
+from nanoqwen.injection.triplets import LENGTH_AUC, Triplet, area_under_curve, triplet
 
 Row = dict[str, Any]
 TRAIN, TEST = list(triplets(test=False)), list(triplets(test=True))
@@ -70,8 +70,8 @@ def test_the_rows_never_change():
 
 def test_rows_are_a_function_of_their_number():
     assert list(triplets(test=True)) == TEST
-    assert [tasks.triplet(number, test=False) for number in (7, 3, 7)] == [TRAIN[7], TRAIN[3], TRAIN[7]]
-    assert [tasks.conversation(number) for number in (5, 0)] == [list(islice(conversations(), 6))[i] for i in (5, 0)]
+    assert [builtin.triplet(number, test=False) for number in (7, 3, 7)] == [TRAIN[7], TRAIN[3], TRAIN[7]]
+    assert [builtin.conversation(number) for number in (5, 0)] == [list(islice(conversations(), 6))[i] for i in (5, 0)]
 
 
 def test_chance_is_fair():

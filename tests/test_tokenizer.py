@@ -22,8 +22,8 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-import tokenizer as tokenizer_module
-from tokenizer import (
+from nanoqwen import tokenizer as tokenizer_module
+from nanoqwen.tokenizer import (
     DataError,
     StreamDecoder,
     Tokenizer,

@@ -29,7 +29,7 @@ import torch
 from runs import CHECKPOINTS, ROOT, SAVE_EVERY, STEPS, Started, Starter, at, killed_at, options, reached, rows, steps
 from safetensors.torch import load_file, save_file
 
-from runfolder import newest_valid, verify
+from nanoqwen.runfolder import newest_valid, verify
 
 slow = pytest.mark.slow
 

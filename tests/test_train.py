@@ -19,12 +19,12 @@ from runs import Starter, killed_at, metrics, options, script, torchrun
 from torch import nn
 
 import train
-from config import ConfigError, TrainConfig, load_config
 from data import Batch, micro_batches
-from distributed import World
-from lora import LoraConfig, apply_lora, lora_state
 from model import IGNORE, KVCache
-from runfolder import verify
+from nanoqwen.config import ConfigError, TrainConfig, load_config
+from nanoqwen.distributed import World
+from nanoqwen.lora import LoraConfig, apply_lora, lora_state
+from nanoqwen.runfolder import verify
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 T = 16
@@ -362,7 +362,7 @@ def test_x01_two_ranks_are_one(corpus: Path, tmp_path: Path):
     for step in one:
         assert one[step]["batch_sha"] == both[step]["batch_sha"]
         assert one[step]["loss"] == pytest.approx(both[step]["loss"], rel=1e-5)
-    from checkpoint import load_model
+    from nanoqwen.weights import load_model
 
     weights = [load_model(tmp_path / name)[0].state_dict() for name in ("one", "two")]
     assert max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]) <= 1e-5

@@ -19,11 +19,10 @@ import torch
 from corpora import ROOT
 
 import data
-from chat import Audit, packed
 from data import IGNORE
-from tasks import INJECTIONS, TEST_ROWS, TRAIN_ROWS, triplets
-from tokenizer import DataError, Tokenizer, load_tokenizer, render_chat, train_tokenizer
-from triplets import (
+from nanoqwen.builtin import INJECTIONS, TEST_ROWS, TRAIN_ROWS, triplets
+from nanoqwen.chat import Audit, packed
+from nanoqwen.injection.triplets import (
     ALIASES,
     INJECTIONS_TEST,
     ONE_SIDED,
@@ -49,6 +48,7 @@ from triplets import (
     triplet_windows,
     validate,
 )
+from nanoqwen.tokenizer import DataError, Tokenizer, load_tokenizer, render_chat, train_tokenizer
 
 BYTES = load_tokenizer("bytes")
 START, END = 257, 258  # <|im_start|>, <|im_end|> of the tokenizer `bytes`

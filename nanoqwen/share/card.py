@@ -10,7 +10,6 @@ option, and is written nowhere.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -21,30 +20,23 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from checkpoint import (
+from model import GPT
+from nanoqwen.config import one_line
+from nanoqwen.hf_format import OWN_TYPE, CheckpointError, model_type
+from nanoqwen.run_reader import json_of, rows_of
+from nanoqwen.runfolder import SECRET_TEXT
+from nanoqwen.tokenizer import QWEN2_PATTERN, Tokenizer
+from nanoqwen.weights import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    BASE_RECORD,
     HUB_ID,
     Adapter,
     exists,
-    export,
-    export_adapter,
     is_adapter,
-    load_model,
     read_adapter,
     resolve,
     routed_note,
-    weight_files,
 )
-from config import ConfigError, one_line
-from gguf_export import write_gguf
-from history import json_of, rows_of
-from model import GPT
-from parity import parity, show_parity
-from published import OWN_TYPE, CheckpointError, model_type
-from runfolder import SECRET_TEXT, disk_errors, verify
-from tokenizer import QWEN2_PATTERN, Tokenizer
 
 # --- what a run folder knows ------------------------------------------------------------------------------------------
 
@@ -137,7 +129,7 @@ def card(
     """
     folder = resolve(source)
     origin, parents = origin_of(folder), list(_ancestors(folder, adapter))
-    hub_ids = [parent for parent in [str(source), *parents] if _on_hub(parent)]
+    hub_ids = [parent for parent in [str(source), *parents] if on_hub(parent)]
     sections = [
         f"---\n{_front_matter(name, model, origin, next(iter(hub_ids), None), apart)}---",
         f"# {code(name)}",
@@ -198,7 +190,7 @@ _WITHOUT_TOKENIZER = """\
 model = {loader}.from_pretrained(".")  # this folder, or its id on a hub
 print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=40))"""
 _OWN = """\
-from checkpoint import load_model  # of the program that wrote this folder
+from nanoqwen.weights import load_model  # of the program that wrote this folder
 from model import generate
 
 model, tokenizer = load_model(".")
@@ -214,14 +206,14 @@ def snippet(model: GPT, tokenizer: Tokenizer | None, *, chat: bool, apart: bool)
     package, loader = ("peft", "AutoPeftModelForCausalLM") if apart else ("transformers", "AutoModelForCausalLM")
     if tokenizer is None:
         return f"import torch\nfrom {package} import {loader}\n\n{_WITHOUT_TOKENIZER.format(loader=loader)}"
-    reader = "AutoTokenizer" if _auto_reads(model, tokenizer) else "PreTrainedTokenizerFast"
+    reader = "AutoTokenizer" if auto_reads(model, tokenizer) else "PreTrainedTokenizerFast"
     between = f"\nfrom transformers import {reader}" if apart else f", {reader}"
     imports = f"from {package} import {loader}{between}"
     use = _CHAT if chat and tokenizer.chat_template else _CONTINUE
     return f"{imports}\n\n{_LOAD.format(reader=reader, loader=loader)}\n{use}"
 
 
-def _auto_reads(model: GPT, tokenizer: Tokenizer) -> bool:
+def auto_reads(model: GPT, tokenizer: Tokenizer) -> bool:
     """transformers 5 gives every folder of model_type qwen2 Qwen2's own split pattern and normaliser."""
     return model_type(model) != "qwen2" or (tokenizer.nfc and tokenizer.pattern == QWEN2_PATTERN)
 
@@ -237,9 +229,9 @@ def _notes(model: GPT, tokenizer: Tokenizer | None, adapter: Adapter | None) -> 
         yield routed_note(model)
     elif model_type(model) == OWN_TYPE:
         yield "No class of transformers computes this shape."
-    elif tokenizer is not None and not _auto_reads(model, tokenizer):
+    elif tokenizer is not None and not auto_reads(model, tokenizer):
         yield AUTOTOKENIZER_NOTE.removeprefix("note: ") + "."
-    if adapter is not None and not _on_hub(adapter.base):
+    if adapter is not None and not on_hub(adapter.base):
         yield (
             f"`{ADAPTER_CONFIG}` names its base, {code(adapter.base)}, by the folder in which it lay. "
             "`checkpoint.py export --base OWNER/NAME` puts an id on a hub there."
@@ -313,7 +305,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 # --- lineage ----------------------------------------------------------------------------------------------------------
 
 
-def _on_hub(name: str) -> bool:
+def on_hub(name: str) -> bool:
     """Whether a name can only be an id on a hub. A run that has gone away since is none."""
     return bool(HUB_ID.fullmatch(name)) and not exists(name) and not name.startswith("runs/")
 
@@ -362,242 +354,3 @@ def _run_name(base: str) -> str:
     if path.parent.name == "checkpoints":
         return f"{path.parents[1].name}/{path.name}"
     return base
-
-
-# --- the hub ----------------------------------------------------------------------------------------------------------
-
-# What an exported folder consists of. Anything else beside it stays here.
-SHARED = re.compile(
-    r"(generation_|tokenizer_|adapter_)?config\.json|tokenizer\.json|special_tokens_map\.json|chat_template\.jinja"
-    r"|(adapter_)?model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
-    rf"|{re.escape(BASE_RECORD)}|README\.md|LICENSE(\.\w+)?|[\w.-]+\.gguf"
-)
-_WEIGHTS = re.compile(r"(adapter_)?(model|pytorch_model)\b.*\.(safetensors|bin|json)")  # stale ones would be loaded
-_TRAINER = ("optimizer.safetensors", "state.json", "manifest.json")
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-_REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
-
-
-class Parcel(NamedTuple):
-    """What goes to the hub, and what of the folder stays."""
-
-    files: list[Path]
-    left_out: list[str]
-
-    def __str__(self) -> str:
-        rows = [f"  {file.stat().st_size:>15,}  {file.name}" for file in self.files]
-        total = f"  {sum(file.stat().st_size for file in self.files):>15,}  bytes in {len(self.files)} files"
-        return "\n".join([*rows, total, *(f"  left out: {name}" for name in self.left_out)])
-
-
-def parcel(folder: Path) -> Parcel:
-    """The files of an exported folder that is complete; a CheckpointError says why another is not shared."""
-    export_first = f"`python checkpoint.py export {shlex.quote(str(folder))} NEW_FOLDER` writes what can be shared"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected an exported folder, got none")
-    if (folder / "checkpoints").is_dir():
-        raise CheckpointError(f"{folder}: is a run: {export_first}")
-    names = sorted(path.name for path in folder.iterdir())
-    if found := [name for name in names if name in _TRAINER]:
-        raise CheckpointError(f"{folder}: is a checkpoint with the state of its trainer ({found[0]}): {export_first}")
-    if found := [name for name in names if Path(name).suffix in _PICKLES]:
-        raise CheckpointError(f"{folder}: {found[0]} is a pickle, which can hold code: {export_first}")
-    if found := [name for name in names if name.startswith((".tmp-", ".del-"))]:
-        raise CheckpointError(f"{folder}: {found[0]} is half of something: {export_first}")
-    if is_adapter(folder):
-        base = read_adapter(folder).base
-        if not _on_hub(base):
-            named = f"--base OWNER/NAME with its id on the hub, or --merge: {export_first}"
-            raise CheckpointError(
-                f"{folder}: an adapter of a base in a folder of this machine is of no use there: {named}"
-            )
-        weights = {ADAPTER_WEIGHTS}
-    else:
-        load_model(folder)  # all of it is there, is readable and fits together
-        weights = {file.name for file in weight_files(folder)}
-    unused = {name for name in names if name.endswith(".safetensors")} - weights
-    wanted = [name for name in names if SHARED.fullmatch(name) and name not in unused and (folder / name).is_file()]
-    _refuse_secrets(folder, wanted)
-    return Parcel([folder / name for name in wanted], [name for name in names if name not in wanted])
-
-
-def _refuse_secrets(folder: Path, names: list[str]) -> None:
-    texts = [name for name in names if name.endswith((".json", ".md", ".jinja"))]
-    for name in set(texts) - {"tokenizer.json", "model.safetensors.index.json"}:  # any text may stand in a vocabulary
-        if found := SECRET_TEXT.search((folder / name).read_text(encoding="utf-8", errors="replace")):
-            raise CheckpointError(f"{folder / name}: looks as if it held a secret: {found[0][:4]}...")
-
-
-def push(
-    folder: str | Path,
-    repository: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    message: str | None = None,
-) -> str:
-    """Upload an exported folder in one commit; returns the address of the commit.
-
-    The repository, and the branch `revision`, are made where they are missing. Weights of an earlier upload that the
-    folder does not have are deleted: a stale model.safetensors would be loaded before newer pieces.
-    """
-    _check_repository(repository)
-    files = parcel(Path(folder)).files
-    try:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-    except ImportError:
-        raise CheckpointError("push needs huggingface_hub: pip install huggingface_hub") from None
-    if get_token() is None:
-        raise ConfigError("push: expected a token of the hub, got none: `hf auth login`, or set HF_TOKEN")
-    api = HfApi(library_name=OWN_TYPE)
-    try:
-        api.create_repo(repository, private=private or None, exist_ok=True)
-        if private and not api.model_info(repository).private:
-            raise ConfigError(f"{repository}: --private: is there already, and public: make it private in its settings")
-        if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        there = {entry.rfilename for entry in api.model_info(repository, revision=revision).siblings or ()}
-        stale = sorted(name for name in there - {file.name for file in files} if _WEIGHTS.fullmatch(name))
-        operations = [CommitOperationAdd(file.name, file) for file in files] + [CommitOperationDelete(n) for n in stale]
-        done = api.create_commit(
-            repository, operations, commit_message=message or "Upload the model", revision=revision
-        )
-    except ConfigError:
-        raise
-    except Exception as error:  # the hub's client raises a dozen kinds, network libraries more
-        raise _refusal(repository, error, get_token() or "") from None
-    return str(done.commit_url)
-
-
-def _check_repository(repository: str) -> None:
-    if not _REPOSITORY.fullmatch(repository):
-        raise ConfigError(f"push: expected OWNER/NAME, got {repository!r}")
-
-
-# What the person can mend. The rest is for later: no network, a hub that fails.
-_REFUSED = {
-    401: "the token is not accepted (`hf auth login`, or HF_TOKEN, with a token that may write)",
-    403: "forbidden: expected a token that may write there, and an owner that is you or your organisation",
-    404: "no such owner, repository or branch",
-    409: "a conflict: the name is taken, or something else was pushed meanwhile",
-}
-
-
-def _refusal(repository: str, error: BaseException, token: str) -> Exception:
-    """One line for what a hub or the way to it says no with; the token is not in it."""
-    status = None
-    while status is None and error is not None:  # what an upload fails with is wrapped
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        error, last = error.__cause__, error
-    if status in _REFUSED:
-        return ConfigError(f"{repository}: the hub says {status}: {_REFUSED[status]}")
-    reason = public(one_line(str(last).strip() or type(last).__name__))[:300]
-    return CheckpointError(f"{repository}: not shared: {reason.replace(token, '***') if token else reason}")
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
-def _devices() -> list[str]:
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return [name for name, there in present.items() if there]
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text, re.IGNORECASE)
-    size = float(found[1]) * 1000 ** "KMG".find(found[2].upper()) * (1000 if found[2] else 1) if found else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB, got {text!r}")
-    return int(size)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python checkpoint.py", description="Weights in, weights out.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    compare = commands.add_parser("parity", help="compare a source with transformers; exit 1 if they differ")
-    write = commands.add_parser("export", help="write a folder that transformers loads unchanged, with a card")
-    upload = commands.add_parser("push", help="upload an exported folder to the hub")
-    single = commands.add_parser("gguf", help="write one file for llama.cpp")
-    whole = commands.add_parser("verify", help="print the digest of a checkpoint, or of a run's newest, if it is whole")
-    whole.add_argument("source", help="checkpoint or run folder")
-    for command in (compare, write, single):
-        command.add_argument("source", help="Hugging Face folder, checkpoint, run folder or hub id")
-    compare.add_argument("--device", default="cpu", choices=_devices(), help="default: cpu")
-    write.add_argument("folder", help="a new folder")
-    single.add_argument("file", help="a new file, .gguf")
-    for command in (write, single):
-        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    write.add_argument("--merge", action="store_true", help="an adapter: write the model that it makes of its base")
-    write.add_argument("--base", metavar="OWNER/NAME", help="an adapter: the id of its base on the hub")
-    write.add_argument("--hf", action="store_true", help="an error unless transformers has a class for the model")
-    write.add_argument("--shard_size", type=_bytes, metavar="SIZE", help="of a file of weights at most; default: 5GB")
-    upload.add_argument("folder", help="an exported folder")
-    upload.add_argument("repository", metavar="OWNER/NAME", help="on the hub; it is made if it is missing")
-    upload.add_argument("--private", action="store_true", help="make a repository that others do not see")
-    upload.add_argument("--revision", metavar="BRANCH", help="default: main")
-    upload.add_argument("--message", metavar="TEXT", help="of the commit")
-    upload.add_argument("--dry_run", action="store_true", help="say what would go; no request is made")
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
-    dtype = getattr(torch, args.dtype) if getattr(args, "dtype", None) else None
-    if args.command == "verify":
-        print(verify(Path(args.source)))
-    elif args.command == "parity":
-        result = parity(args.source, args.device)
-        show_parity(args.source, result)
-        return 0 if result["equal"] else 1
-    elif args.command == "export":
-        with disk_errors(Path(args.folder)):
-            print(_export(args, dtype))
-    elif args.command == "gguf":
-        with disk_errors(Path(args.file)):
-            tokenizer = write_gguf(args.source, args.file, dtype)
-        print(f"wrote {args.file}: llama-cli -m {shlex.quote(args.file)} loads it")
-        if tokenizer.nfc:
-            print("note: llama.cpp does not bring text to NFC, as this tokenizer does; other text gets other ids there")
-    elif args.dry_run:
-        _check_repository(args.repository)
-        where = f"{args.repository}{f' at {args.revision}' if args.revision else ''}{', private' * args.private}"
-        print(f"would go to {where}:\n{parcel(Path(args.folder))}")
-    else:
-        how = {"private": args.private, "revision": args.revision, "message": args.message}
-        print(f"shared: {push(args.folder, args.repository, **how)}")
-    return 0
-
-
-def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
-    """Write what is asked for; returns what to tell the person."""
-    source, name = args.source, Path(args.folder).name
-    folder = resolve(source)
-    adapter = read_adapter(folder) if is_adapter(folder) else None
-    for option in ("merge", "base"):
-        if getattr(args, option) and not adapter:
-            raise ConfigError(f"--{option}: expected an adapter as the source, {source} is a whole model")
-    if adapter and not args.merge:
-        apart = adapter._replace(base=args.base or adapter.base)
-        export_adapter(
-            source,
-            args.folder,
-            dtype,
-            base=args.base,
-            describe=lambda model, tokenizer: card(name, source, model, tokenizer, dtype, apart, apart=True),
-        )
-        return f"wrote {args.folder}: PeftModel.from_pretrained(base, {args.folder!r}) loads it"
-    model, tokenizer = load_model(source)
-    own = model_type(model) == OWN_TYPE
-    if args.hf and own:
-        reason = "transformers has no class for this shape"
-        if model.routing:
-            reason = f"its {len(model.routers)} routed layers would compute all tokens there, which is another model"
-        raise ConfigError(f"--hf: {source} cannot be a Hugging Face model: {reason}")
-    text = card(name, source, model, tokenizer, dtype, adapter)
-    export(model, tokenizer, args.folder, dtype, shard_bytes=args.shard_size, card=text)
-    loads = f"AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it"
-    if own:
-        loads = "transformers has no class for this shape; load_model loads it"
-    elif tokenizer is not None and not _auto_reads(model, tokenizer):
-        loads += "\n" + AUTOTOKENIZER_NOTE
-    return f"wrote {args.folder}: {loads}"

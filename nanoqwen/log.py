@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, LogConfig, TrainConfig
-from distributed import World
 from model import ModelConfig
-from routing import RoutingConfig, flops_per_token
-from runfolder import NonFiniteError, write_atomic
+from nanoqwen.config import Config, LogConfig, TrainConfig
+from nanoqwen.distributed import World
+from nanoqwen.routing import RoutingConfig, flops_per_token
+from nanoqwen.runfolder import NonFiniteError, write_atomic
 
 # Dense half-precision peaks in TFLOP/s, from the vendors' data sheets; the first name that is part of the device's.
 PEAKS = {

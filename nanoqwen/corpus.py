@@ -33,7 +33,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from tokenizer import DataError, Tokenizer, load_tokenizer, train_tokenizer
+from nanoqwen.tokenizer import DataError, Tokenizer, load_tokenizer, train_tokenizer
 
 BUILTIN = "builtin:python"
 TEXT_FILES, ROW_FILES = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")

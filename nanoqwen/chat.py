@@ -32,7 +32,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from corpus import (
+from data import IGNORE, Batch, random_key, show, shuffled, token_sha, write_text
+from nanoqwen.builtin import TASKS, conversations
+from nanoqwen.corpus import (
     ROW_FILES,
     BadRow,
     DataConfig,
@@ -49,9 +51,7 @@ from corpus import (
     type_name,
     weighted,
 )
-from data import IGNORE, Batch, random_key, show, shuffled, token_sha, write_text
-from tasks import TASKS, conversations
-from tokenizer import DataError, Tokenizer, Turn, chat_turns, joined, load_tokenizer
+from nanoqwen.tokenizer import DataError, Tokenizer, Turn, chat_turns, joined, load_tokenizer
 
 DOCSTRINGS = "builtin:docstrings"
 SHAPES = "messages, conversations, instruction and output, or prompt and response"
@@ -514,7 +514,7 @@ def chat_windows(examples: Sequence[Example], seq_len: int, max_tokens: int, *, 
 
 def main(argv: list[str]) -> None:
     # As in data.py: as a program this file reads the configuration, which itself is made of our ChatConfig.
-    from config import load_config
+    from nanoqwen.config import load_config
 
     usage = "python chat.py [show] [FILE.yaml] [--preset NAME] [--key=value ...]"
     wants_sample = argv[:1] == ["show"]
@@ -530,6 +530,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from config import run_script
+    from nanoqwen.config import run_script
 
     run_script(main)

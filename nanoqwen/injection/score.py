@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chat import packed
-from contrast import represent
 from model import GPT, IGNORE, generate
-from tokenizer import DataError, Tokenizer
-from triplets import Tokenised, Triplet, area_under_curve, batch_of
+from nanoqwen.chat import packed
+from nanoqwen.injection.contrast import represent
+from nanoqwen.injection.triplets import Tokenised, Triplet, area_under_curve, batch_of
+from nanoqwen.tokenizer import DataError, Tokenizer
 
 BENIGN, REWORDED, INJECTED = range(3)  # streams of a triplet
 FALSE_ALARMS, FOUND = 0.01, 0.99  # a detector may fire on so many harmless references, and must on so many others

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, resolve
-from config import Config, ConfigError
 from data import IGNORE
-from heldout import Finished, figures_file, json_text, open_finished, source_folder, token_losses
-from log import say
 from model import GPT, RequestError, Sampling, beam_search, pad_rows, stream
-from runfolder import source_record, write_atomic
-from tokenizer import IM_END, DataError, Tokenizer, chat_turns, escape_terminal, joined
+from nanoqwen.config import Config, ConfigError
+from nanoqwen.evaluate import Finished, figures_file, json_text, open_finished, source_folder, token_losses
+from nanoqwen.log import say
+from nanoqwen.runfolder import source_record, write_atomic
+from nanoqwen.tokenizer import IM_END, DataError, Tokenizer, chat_turns, escape_terminal, joined
+from nanoqwen.weights import CheckpointError, resolve
 
 NEW_TOKENS = 256  # of an answer to a task that does not say how many, as lm-eval's hf backend has it
 # lm-eval's own, so that few-shot examples and whatever a task draws are those of its command line.

@@ -23,16 +23,16 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from chat import ChatConfig
-from corpus import DataConfig, require
-from lora import LoraConfig
 from model import ModelConfig, Sampling
-from routing import RoutingConfig, routed_layers
-from triplets import ContrastConfig
+from nanoqwen.chat import ChatConfig
+from nanoqwen.corpus import DataConfig, require
+from nanoqwen.injection.triplets import ContrastConfig
+from nanoqwen.lora import LoraConfig
+from nanoqwen.routing import RoutingConfig, routed_layers
 
 DEFECT = 1  # exit code of an error of the program
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-DEFAULT_FILE = Path(__file__).with_name("config.yaml")
+DEFAULT_FILE = Path(__file__).parents[1] / "config.yaml"
 
 
 class ConfigError(Exception):

@@ -10,20 +10,23 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import is_adapter, load_model, resolve
-from config import Config, ConfigError
 from data import IGNORE, Batch, micro_batches, token_bytes
-from distributed import World, pick_device, pick_dtype, total
 from model import GPT, LOGITS_PER_CHUNK
-from routing import RoutingConfig, mean_stats, routed_by
-from tokenizer import Tokenizer
+from nanoqwen.config import Config, ConfigError
+from nanoqwen.distributed import World, pick_device, pick_dtype, total
+from nanoqwen.routing import RoutingConfig, mean_stats, routed_by
+from nanoqwen.tokenizer import Tokenizer
+from nanoqwen.weights import CheckpointError, is_adapter, load_model, resolve
+
+Section = TypeVar("Section")
 
 
 def share_of(windows: list[Batch], world: World) -> list[Batch]:
@@ -256,3 +259,21 @@ def measure_finished(of: Finished, windows: list[Batch], calibrating: bool = Fal
     causal = measure(of.model, *asked)
     with routed_by(of.model, "topk"):
         return {"loss_causal": causal, "loss_topk": measure(of.model, *asked)}
+
+
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """The configuration of the run that wrote a checkpoint, by section; empty where there was none."""
+    try:
+        config = json.loads((folder / "state.json").read_bytes())["config"]
+        return {name: dict(section) for name, section in config.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def section(run: dict[str, dict[str, Any]], name: str, kind: type[Section]) -> Section:
+    """A section of a recorded configuration; a key that is younger than the run has its default."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in run.get(name, {}).items()}
+    try:
+        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"state.json: config: {name}: {error}") from None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from plot import FONT, Chart, Line, draw, safe, short, thinned
+from nanoqwen.plot import FONT, Chart, Line, draw, safe, short, thinned
 
 SMALL, LARGE = (400, 220), (830, 512)  # pixels of a chart, and of the one that has four places on a wide screen
 POINTS = 1_600  # told by a card under the pointer, over all its lines: what is drawn may be more

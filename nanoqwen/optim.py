@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from config import TrainConfig
-from distributed import spread_like
-from routing import RoutingConfig
+from nanoqwen.config import TrainConfig
+from nanoqwen.distributed import spread_like
+from nanoqwen.routing import RoutingConfig
 
 # Modules of routers, by a whole part of a parameter's name, and the group that they are in.
 ROUTER_GROUPS = {

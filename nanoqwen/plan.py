@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from config import Config, TrainConfig
-from distributed import World, least
-from log import Peak, say
-from lora import LoraConfig, apply_lora
 from model import GPT, LOGITS_PER_CHUNK, ModelConfig
-from optim import parameter_groups
-from routing import RoutingConfig, build_model, flops_per_token
+from nanoqwen.config import Config, TrainConfig
+from nanoqwen.distributed import World, least
+from nanoqwen.log import Peak, say
+from nanoqwen.lora import LoraConfig, apply_lora
+from nanoqwen.optim import parameter_groups
+from nanoqwen.routing import RoutingConfig, build_model, flops_per_token
 
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier

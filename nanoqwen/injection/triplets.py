@@ -30,8 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chat import Audit, Example, packed
-from corpus import (
+from data import IGNORE, Batch, random_key, shuffled, token_sha
+from nanoqwen.builtin import INJECTIONS, triplets
+from nanoqwen.chat import Audit, Example, packed
+from nanoqwen.corpus import (
     ROW_FILES,
     BadRow,
     DataConfig,
@@ -47,9 +49,7 @@ from corpus import (
     type_name,
     weighted,
 )
-from data import IGNORE, Batch, random_key, shuffled, token_sha
-from tasks import INJECTIONS, triplets
-from tokenizer import DataError, Tokenizer, chat_turns
+from nanoqwen.tokenizer import DataError, Tokenizer, chat_turns
 
 INJECTIONS_TEST = f"{INJECTIONS}-test"
 STREAMS = ("benign", "cf", "injection")

@@ -32,9 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, write_folder
 from model import GPT
-from tokenizer import Tokenizer
+from nanoqwen.tokenizer import Tokenizer
+from nanoqwen.weights import CheckpointError, write_folder
 
 FORMAT = 1  # of a checkpoint; raised when an older program would misread a newer one
 DIGEST_KEYS = ("step", "lr", "cursor", "rng")  # of state.json: what decides, beside the tensors, how a run goes on
@@ -562,7 +562,7 @@ def versions() -> dict[str, str | None]:
 
 def _git(*arguments: str) -> bytes | None:
     """What git says about this program's folder; None without git or a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
     try:
         return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

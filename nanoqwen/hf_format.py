@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, ModelConfig, RopeScaling
-from routing import RoutingConfig
+from nanoqwen.routing import RoutingConfig
 
 OWN_TYPE = "nanoqwen"  # model_type of shapes that transformers has no class for, and of models with routers
 

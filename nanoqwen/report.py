@@ -1,8 +1,8 @@
 """One page per run, and several runs on one page: self-contained HTML from what lies in a run folder.
 
-    python report.py runs/base                            writes runs/base/report.html, as the end of a run does
-    python report.py runs/base --svg first-run.svg        its loss as a picture
-    python report.py compare runs/a runs/b runs/c         overlaid; runs that differ in their seed alone become a band
+    python -m nanoqwen.report runs/base                  writes runs/base/report.html, as the end of a run does
+    python -m nanoqwen.report runs/base --svg a.svg      its loss as a picture
+    python -m nanoqwen.report compare runs/a runs/b      overlaid; runs that differ in their seed alone become a band
 
 Nothing is loaded from elsewhere, and the page forbids it to itself. Text of models, names and paths are escaped in one
 place (`plot.safe`). The same folder gives the same bytes. Whatever is missing or torn is left out.
@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoint import CheckpointError
-from config import ConfigError, dump, load_config, run_script
-from history import (
+from nanoqwen.config import ConfigError, dump, load_config, run_script
+from nanoqwen.pages import block, card, details, page, shaded, table
+from nanoqwen.plot import Chart, Line, safe, short
+from nanoqwen.run_reader import (
     Run,
     Series,
     drawable,
@@ -40,9 +41,8 @@ from history import (
     tokens_until,
     training_seconds,
 )
-from pages import block, card, details, page, shaded, table
-from plot import Chart, Line, safe, short
-from runfolder import inventory, warn_on_stderr, write_atomic
+from nanoqwen.runfolder import inventory, warn_on_stderr, write_atomic
+from nanoqwen.weights import CheckpointError
 
 NOT_DRAWN = {"step", "cursor", "epoch", "skipped", "targets", "batch_sha"}
 SAMPLES_AT_MOST, SAMPLE_CHARS, SAMPLE_PIECES = 12, 4_000, 600  # shown on a page
@@ -398,7 +398,7 @@ def html_of(run: Run) -> str:
 
 def picture(run: Run) -> str:
     """The loss as a file of its own."""
-    from pages import standalone
+    from nanoqwen.pages import standalone
 
     chart = loss_chart(run)
     bits = last_of(run.of("val/bits_per_byte"))
@@ -548,7 +548,9 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python report.py", description="A page about one run, or about several.")
+    parser = argparse.ArgumentParser(
+        prog="python -m nanoqwen.report", description="A page about one run, or about several."
+    )
     if argv[:1] == ["compare"]:
         parser.prog += " compare"
         parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")

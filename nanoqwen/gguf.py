@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import load_model
 from model import GPT, ModelConfig, RopeScaling, rope_frequencies
-from published import CheckpointError, model_type
-from tokenizer import GPT2_PATTERN, IM_END, QWEN2_PATTERN, Tokenizer
+from nanoqwen.hf_format import CheckpointError, model_type
+from nanoqwen.tokenizer import GPT2_PATTERN, IM_END, QWEN2_PATTERN, Tokenizer
+from nanoqwen.weights import load_model
 
 # llama.cpp knows split patterns by name and implements each by hand. The third is Llama 3's tokenizer.json.
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
