@@ -34,9 +34,10 @@ import torch
 from data import Batch, micro_batches
 from model import GPT, IGNORE, KVCache, flops_per_token
 from nanoqwen.chat import ChatBatches, Example, prepare_chat
-from nanoqwen.config import Config, ConfigError, check, check_context, load_config, preset_names, run_script
+from nanoqwen.config import Config, check, check_context, load_config, preset_names
 from nanoqwen.corpus import prepare
 from nanoqwen.distributed import World, pick_device, pick_dtype
+from nanoqwen.errors import ConfigError, run_script
 from nanoqwen.lora import apply_lora
 from nanoqwen.optim import Optimizers, parameter_groups
 from nanoqwen.plan import ROOM, Case, cache_bytes, easier, free_memory, micro_rows

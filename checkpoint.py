@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from model import generate
-from nanoqwen.config import ConfigError, run_script
+from nanoqwen.errors import CheckpointError, ConfigError, run_script
+from nanoqwen.files import disk_errors
 from nanoqwen.gguf import write_gguf
-from nanoqwen.hf_format import OWN_TYPE, CheckpointError, model_type
-from nanoqwen.runfolder import disk_errors, verify
+from nanoqwen.hf_format import OWN_TYPE, model_type
+from nanoqwen.runfolder import verify
 from nanoqwen.share.card import AUTOTOKENIZER_NOTE, auto_reads, card
 from nanoqwen.share.hub import check_repository, parcel, push
 from nanoqwen.tokenizer import Tokenizer

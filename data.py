@@ -42,7 +42,8 @@ from nanoqwen.corpus import (
     short_hash,
     tokenise,
 )
-from nanoqwen.tokenizer import DataError, Tokenizer, escape_terminal
+from nanoqwen.errors import DataError, escape_terminal
+from nanoqwen.tokenizer import Tokenizer
 
 IGNORE = -100  # target of a position that is not trained, as in torch's cross entropy
 
@@ -486,7 +487,8 @@ def check(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     # The one look upwards: as a program this file reads the configuration, which itself is made of our DataConfig.
-    from nanoqwen.config import ConfigError, load_config
+    from nanoqwen.config import load_config
+    from nanoqwen.errors import ConfigError
 
     usage = "python data.py prepare|show|bench|check [FILE.yaml] [--preset NAME] [--key=value ...]"
     command = argv[0] if argv else "--help"
@@ -516,6 +518,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from nanoqwen.config import run_script
+    from nanoqwen.errors import run_script
 
     run_script(main)

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from data import Batch, PretrainBatches, eval_windows
 from nanoqwen.chat import ChatConfig, chat_windows, prepare_chat
-from nanoqwen.config import Config, ConfigError, FinetuneConfig, TrainConfig, check, load_config, run_script
+from nanoqwen.config import Config, FinetuneConfig, TrainConfig, check, load_config
 from nanoqwen.corpus import DataConfig, expand, prepare
 from nanoqwen.distributed import ranks
+from nanoqwen.errors import ConfigError, DataError, escape_terminal, run_script
 from nanoqwen.evaluate import (
     Estimate,
     Finished,
@@ -33,6 +34,7 @@ from nanoqwen.evaluate import (
     run_of,
     section,
 )
+from nanoqwen.files import write_atomic
 from nanoqwen.harness import ask_tasks, record_of
 from nanoqwen.injection.suite import injection_suite
 from nanoqwen.injection.triplets import (
@@ -41,8 +43,6 @@ from nanoqwen.injection.triplets import (
     row_width,
     triplet_windows,
 )
-from nanoqwen.runfolder import write_atomic
-from nanoqwen.tokenizer import DataError, escape_terminal
 
 WIDTH = 1024  # tokens in a row of held-out text for a model that does not say, if its context holds them
 ALL = 1 << 40  # rows, or triplets: more than there are

@@ -28,17 +28,9 @@ from torch.func import functional_call
 from data import Batch, Micro, show, write_text
 from model import GPT, IGNORE
 from nanoqwen.chat import ChatBatches, ChatData, chat_windows, prepare_chat
-from nanoqwen.config import (
-    Config,
-    ConfigError,
-    FinetuneConfig,
-    check,
-    check_context,
-    check_rows,
-    load_config,
-    run_script,
-)
+from nanoqwen.config import Config, FinetuneConfig, check, check_context, check_rows, load_config
 from nanoqwen.distributed import World, ranks, start, stop, total, unwrapped, whole
+from nanoqwen.errors import ConfigError, DataError, ResumeError, run_script, say
 from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
 from nanoqwen.injection.score import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
 from nanoqwen.injection.triplets import (
@@ -51,24 +43,12 @@ from nanoqwen.injection.triplets import (
     spread,
     triplet_windows,
 )
-from nanoqwen.log import Peak, say
+from nanoqwen.log import Peak
 from nanoqwen.lora import LoraConfig, apply_lora, lora_state
 from nanoqwen.routing import MODULES_TO_SAVE, RoutingConfig, penalty_weights
-from nanoqwen.tokenizer import DataError, Tokenizer, load_tokenizer
+from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 from nanoqwen.weights import hash_weights, load_model, read_adapter, resolve, write_adapter
-from train import (
-    Exam,
-    LanguageModeling,
-    ResumeError,
-    RoutedModel,
-    StepLoss,
-    Trainer,
-    WholeModel,
-    assemble,
-    main_first,
-    run,
-    written,
-)
+from train import Exam, LanguageModeling, RoutedModel, StepLoss, Trainer, WholeModel, assemble, main_first, run, written
 
 # Frozen weights have no gradients, packed rows attend to less, and logits are computed for trained tokens alone.
 UNCOUNTED = Peak(None, "n/a, since a step of fine-tuning computes less than `flops_per_token` counts")

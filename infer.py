@@ -18,19 +18,15 @@ from pathlib import Path
 import torch
 
 from model import RequestError, Sampling, generate, stream
-from nanoqwen.config import Config, ConfigError, check, load_config, run_script
+from nanoqwen.config import Config, check, load_config
 from nanoqwen.distributed import pick_device, pick_dtype
+from nanoqwen.errors import ConfigError, escape_terminal, run_script, say
 from nanoqwen.routing import tokens_used
-from nanoqwen.tokenizer import StreamDecoder, Tokenizer, escape_terminal, pieces_of, render_chat
+from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of, render_chat
 from nanoqwen.weights import CheckpointError, checkpoint_files, load_model
 
 RUNS = Path("runs")
 CHAT_HELP = "Ctrl-D ends, /reset forgets the conversation, Ctrl-C cuts an answer short"
-
-
-def say(text: str) -> None:
-    """A note for the person, on stderr."""
-    print(escape_terminal(text), file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from data import Batch, Micro, PretrainBatches, StreamBatches, eval_windows, micro_batches, open_batches, token_bytes
 from model import GPT, IGNORE, Output, generate
-from nanoqwen import report
+from nanoqwen import report, runfolder
 from nanoqwen.chat import ChatBatches
-from nanoqwen.config import Config, ConfigError, TrainConfig, check, dump, exit_code_of, load_config, run_script
+from nanoqwen.config import Config, TrainConfig, check, dump, load_config
 from nanoqwen.corpus import prepare
 from nanoqwen.distributed import (
     World,
@@ -49,10 +49,21 @@ from nanoqwen.distributed import (
     whole,
     wrap,
 )
+from nanoqwen.errors import (
+    PREEMPTED,
+    ConfigError,
+    Preempted,
+    ResumeError,
+    escape_terminal,
+    exit_code_of,
+    run_script,
+    say,
+)
 from nanoqwen.evaluate import evaluate_routed
+from nanoqwen.files import write_atomic
 from nanoqwen.harness import ask_at_the_end, check_tasks
 from nanoqwen.injection.triplets import TripletBatches
-from nanoqwen.log import MetricLog, Peak, Speed, peak_of, say
+from nanoqwen.log import MetricLog, Peak, Speed, peak_of
 from nanoqwen.optim import Optimizers, Plateau, lr_at, parameter_groups
 from nanoqwen.plan import announce, micro_rows
 from nanoqwen.routing import at_step, build_model, mean_stats, penalty_weights, tokens_used
@@ -61,7 +72,6 @@ from nanoqwen.runfolder import (
     clear,
     inventory,
     load_trainer_state,
-    lock,
     newest_valid,
     read_state,
     read_status,
@@ -70,18 +80,12 @@ from nanoqwen.runfolder import (
     sweep,
     verify,
     versions,
-    write_atomic,
     write_status,
 )
-from nanoqwen.tokenizer import Tokenizer, escape_terminal, pieces_of
+from nanoqwen.tokenizer import Tokenizer, pieces_of
 from nanoqwen.weights import load_model, write_folder
 
 SECTIONS = ("run", "model", "routing", "data", "train")  # of the configuration, which decide what comes out of train.py
-PREEMPTED = 75  # exit code: stopped by a signal, everything saved
-
-
-class ResumeError(Exception):
-    exit_code = 4
 
 
 # --- what is minimised ------------------------------------------------------------------------------------------------
@@ -187,10 +191,6 @@ def train_step(
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
-
-
-class Preempted(Exception):
-    exit_code = PREEMPTED
 
 
 class Stop:
@@ -491,7 +491,6 @@ def keep_checkpoint(trainer: Trainer, progress: Progress, optimizers: Optimizers
             state=state,
             keep=trainer.cfg.run.keep,
             best=progress.best["step"],
-            warn=lambda text: say(f"warning: {text}"),
         )
         print(f"CKPT step={step} path={path} sha256={digest}", flush=True)
     barrier(world)
@@ -513,7 +512,7 @@ def starting_point(cfg: Config) -> Path | None:
         return Path(wanted)
     if wanted == "never" and cfg.run.overwrite:
         return None
-    newest = newest_valid(folder, lambda text: say(f"warning: {text}"))
+    newest = newest_valid(folder)
     if newest is None and wanted == "must":
         raise ResumeError(f"{folder}: run.resume is must, but there is no checkpoint")
     if newest is not None and wanted == "never":
@@ -686,7 +685,7 @@ def completed(
     """
     folder, started, changed = Path(cfg.run.dir), time.perf_counter(), None
     stop = Stop()
-    with stop.watching(), lock(folder) if world.is_main else nullcontext():
+    with stop.watching(), runfolder.lock(folder) if world.is_main else nullcontext():
         source = main_first(world, lambda: starting_point(cfg))
         if source:
             state = read_state(source)
@@ -695,7 +694,7 @@ def completed(
                 say(f"{folder} is complete: {state['step']} steps, best validation loss {state['best']['loss']:.4f}")
                 say(f"next: {following}")
                 if world.is_main:
-                    sweep(folder, lambda text: say(f"warning: {text}"), source)  # what the last save left, if killed
+                    sweep(folder, source)  # what the last save left, if killed
                     if read_status(folder) != "done":  # killed between its last save and its last word
                         write_status(folder, "done", 0, "")
                 return 0

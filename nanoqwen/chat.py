@@ -51,7 +51,8 @@ from nanoqwen.corpus import (
     type_name,
     weighted,
 )
-from nanoqwen.tokenizer import DataError, Tokenizer, Turn, chat_turns, joined, load_tokenizer
+from nanoqwen.errors import DataError
+from nanoqwen.tokenizer import Tokenizer, Turn, chat_turns, joined, load_tokenizer
 
 DOCSTRINGS = "builtin:docstrings"
 SHAPES = "messages, conversations, instruction and output, or prompt and response"
@@ -530,6 +531,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from nanoqwen.config import run_script
+    from nanoqwen.errors import run_script
 
     run_script(main)

@@ -8,40 +8,26 @@ A new key is one more field of a section's dataclass and one more commented line
 from __future__ import annotations
 
 import difflib
-import errno
 import json
 import math
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from model import ModelConfig, Sampling
 from nanoqwen.chat import ChatConfig
 from nanoqwen.corpus import DataConfig, require
+from nanoqwen.errors import ConfigError
 from nanoqwen.injection.triplets import ContrastConfig
 from nanoqwen.lora import LoraConfig
 from nanoqwen.routing import RoutingConfig, routed_layers
 
-DEFECT = 1  # exit code of an error of the program
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 DEFAULT_FILE = Path(__file__).parents[1] / "config.yaml"
-
-
-class ConfigError(Exception):
-    """The user asked for something that cannot be: one line, without control characters."""
-
-    exit_code = 2
-
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -624,55 +610,7 @@ def _documented(file: Path) -> dict[tuple[str, ...], tuple[str, str]]:
     return entries
 
 
-def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Runs `main` on the command line and leaves with its exit code.
-
-    What the user can mend is one line on stderr; only an error of the program itself shows a traceback.
-    """
-    try:
-        code = main(sys.argv[1:]) or 0
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done; the code shall say so to whoever asks to stop now
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except BrokenPipeError:  # the reader has left (`| head`); the last flush of the interpreter must find a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # 128 + SIGPIPE
-    except Exception as error:
-        code = exit_code_of(error)
-        if code == DEFECT:
-            raise
-        print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)
-    sys.exit(code)
-
-
-def exit_code_of(error: BaseException) -> int:
-    """What a script leaves with after an error; DEFECT is one of the program itself, which deserves its traceback."""
-    if hasattr(error, "exit_code"):
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    if _is_out_of_memory(error):
-        return 8
-    if isinstance(error, FloatingPointError):
-        return 7
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return 6 if full else DEFECT
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """On any device: torch has one class for CUDA and plain RuntimeErrors for the others."""
-    said = re.search(r"out of memory|can't allocate memory|not enough memory", str(error))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))
-
-
 # --- words ------------------------------------------------------------------------------------------------------
-
-
-def one_line(text: str) -> str:
-    """Text on one line, its control and other unprintable characters escaped: a terminal would obey them."""
-    line = " ".join(text.splitlines())
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def _clipped(text: str) -> str:

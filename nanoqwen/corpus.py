@@ -9,7 +9,6 @@ them, they are a mixture: each has its share of the rows, whatever its size, and
 from __future__ import annotations
 
 import codecs
-import fcntl
 import functools
 import glob
 import gzip
@@ -26,14 +25,16 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from nanoqwen.tokenizer import DataError, Tokenizer, load_tokenizer, train_tokenizer
+from nanoqwen.errors import DataError
+from nanoqwen.files import lock, sync_open, write_atomic
+from nanoqwen.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 BUILTIN = "builtin:python"
 TEXT_FILES, ROW_FILES = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -587,25 +588,12 @@ def tokenise(folder: Path, reader: Reader, tokenizer: Tokenizer, progress: bool)
                         state["cursor"], since = last.cursor, 0
                         state["sha256"] = {split: digest.hexdigest() for split, digest in digests.items()}
                         for file in files.values():
-                            _sync(file)
-                        _write(ledger, json.dumps({"state": state, "hash": short_hash(state)}).encode())
+                            sync_open(file)
+                        write_atomic(ledger, json.dumps({"state": state, "hash": short_hash(state)}).encode())
     finally:
         for file in files.values():
             file.close()
     return state["counts"]
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing, also when the power goes."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(content)
-        _sync(file)
-    os.replace(file.name, path)
 
 
 def _finish(path: Path, tokenizer: Tokenizer, split: str, counts: dict[str, int]) -> None:
@@ -632,20 +620,7 @@ def _finish(path: Path, tokenizer: Tokenizer, split: str, counts: dict[str, int]
             digest.update(block)
         file.seek(0)
         file.write(MAGIC + digest.hexdigest().encode() + body)
-        _sync(file)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One builder at a time; the kernel lets go of the lock of one that was killed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "wb")  # noqa: SIM115
-    except OSError as error:
-        raise DataError(f"data.cache_dir: {error.filename}: {error.strerror}") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        sync_open(file)
 
 
 def _opened(folder: Path) -> dict[str, TokenShards] | None:
@@ -668,7 +643,7 @@ def _shards(reader: Reader, settings: list[Any], tokenizer: Tokenizer, progress:
 
     name = key()
     folder = Path(cfg.cache_dir) / "shards" / name
-    with _locked(folder.with_suffix(".lock")):
+    with lock(folder.with_suffix(".lock")):
         if found := _opened(folder):
             return found
         building = folder.with_suffix(".building")
@@ -781,7 +756,7 @@ def _tokenizer(cfg: DataConfig, text: Corpus, vocab_size: int, progress: bool) -
         return load_tokenizer(cfg.tokenizer)
     inputs = [identities(cfg, inputs) for _, inputs in text.groups]
     folder = Path(cfg.cache_dir) / "tokenizers" / short_hash([inputs, text.settings, SAMPLE, vocab_size])
-    with _locked(folder.with_suffix(".lock")):
+    with lock(folder.with_suffix(".lock")):
         found = _load_trained(folder)
         if found is None:
             sample = [piece for _, group in text.groups for piece in _sample(cfg, group, text, len(text.groups))]

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from nanoqwen.errors import WorldError
+
 PATIENCE = timedelta(hours=4)  # that ranks wait for each other: one prepares the data, or writes a large checkpoint
 
 
@@ -73,10 +75,6 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if features.get("amx_bf16") or features.get("avx512_bf16"):
         return torch.bfloat16, "this CPU has bf16 instructions"
     return torch.float32, "this CPU has no bf16 instructions"
-
-
-class WorldError(Exception):
-    exit_code = 2
 
 
 def ranks() -> int:

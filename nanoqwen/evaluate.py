@@ -20,8 +20,9 @@ from torch import Tensor
 
 from data import IGNORE, Batch, micro_batches, token_bytes
 from model import GPT, LOGITS_PER_CHUNK
-from nanoqwen.config import Config, ConfigError
+from nanoqwen.config import Config
 from nanoqwen.distributed import World, pick_device, pick_dtype, total
+from nanoqwen.errors import ConfigError
 from nanoqwen.routing import RoutingConfig, mean_stats, routed_by
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import CheckpointError, is_adapter, load_model, resolve

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from model import GPT, ModelConfig, RopeScaling, rope_frequencies
-from nanoqwen.hf_format import CheckpointError, model_type
+from nanoqwen.errors import CheckpointError
+from nanoqwen.hf_format import model_type
 from nanoqwen.tokenizer import GPT2_PATTERN, IM_END, QWEN2_PATTERN, Tokenizer
 from nanoqwen.weights import load_model
 

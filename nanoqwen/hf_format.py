@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from model import GPT, ModelConfig, RopeScaling
+from nanoqwen.errors import CheckpointError
 from nanoqwen.routing import RoutingConfig
 
 OWN_TYPE = "nanoqwen"  # model_type of shapes that transformers has no class for, and of models with routers
-
-
-class CheckpointError(Exception):
-    exit_code = 4
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ from tqdm import tqdm
 from model import ModelConfig
 from nanoqwen.config import Config, LogConfig, TrainConfig
 from nanoqwen.distributed import World
+from nanoqwen.errors import NonFiniteError, say
+from nanoqwen.files import write_atomic
 from nanoqwen.routing import RoutingConfig, flops_per_token
-from nanoqwen.runfolder import NonFiniteError, write_atomic
 
 # Dense half-precision peaks in TFLOP/s, from the vendors' data sheets; the first name that is part of the device's.
 PEAKS = {
@@ -44,13 +45,6 @@ PEAKS = {
     "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX A6000": 155, "RTX 6000 Ada": 364,
 }  # fmt: skip
 SIDE, SECONDS = 1024, 0.4  # of the square matrices whose product is measured; for how long
-
-
-def say(text: str) -> None:
-    """A line for the person, from the main rank alone, on stderr, above the bar if there is one."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------

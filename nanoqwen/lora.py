@@ -20,13 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanoqwen.errors import LoraError
+
 SMALLEST_LENGTH = 1e-12  # of a row of zeros, under DoRA: what is divided by it is zero too
-
-
-class LoraError(ValueError):
-    """Adapters that do not fit a model: one line."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import nn
 from model import GPT, LOGITS_PER_CHUNK, ModelConfig
 from nanoqwen.config import Config, TrainConfig
 from nanoqwen.distributed import World, least
-from nanoqwen.log import Peak, say
+from nanoqwen.errors import say
+from nanoqwen.log import Peak
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.optim import parameter_groups
 from nanoqwen.routing import RoutingConfig, build_model, flops_per_token

@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanoqwen.config import ConfigError, dump, load_config, run_script
+from nanoqwen.config import dump, load_config
+from nanoqwen.errors import ConfigError, run_script, warn
+from nanoqwen.files import read_json_if_any, write_atomic
 from nanoqwen.pages import block, card, details, page, shaded, table
 from nanoqwen.plot import Chart, Line, safe, short
 from nanoqwen.run_reader import (
@@ -29,7 +31,6 @@ from nanoqwen.run_reader import (
     Series,
     drawable,
     flat,
-    json_of,
     last_of,
     lowest,
     median,
@@ -41,7 +42,7 @@ from nanoqwen.run_reader import (
     tokens_until,
     training_seconds,
 )
-from nanoqwen.runfolder import inventory, warn_on_stderr, write_atomic
+from nanoqwen.runfolder import inventory
 from nanoqwen.weights import CheckpointError
 
 NOT_DRAWN = {"step", "cursor", "epoch", "skipped", "targets", "batch_sha"}
@@ -280,7 +281,7 @@ def pieces_of(row: dict[str, Any]) -> tuple[list[tuple[str, int]], int] | None:
 def results(run: Run) -> Iterator[str]:
     """Tables of the evaluations that lie in the run folder."""
     for name in ("heldout.json", "tasks.json", "injection.json"):
-        found = json_of(run.folder / name)
+        found = read_json_if_any(run.folder / name)
         for rows in (heldout_rows(found), harness_rows(found), injection_rows(found)):
             if len(rows) > 1:
                 yield f"<h3>{name}</h3>" + table(rows[0], rows[1:])
@@ -407,7 +408,7 @@ def picture(run: Run) -> str:
     return standalone(chart, "Loss (nats per token)", ", ".join(said))
 
 
-def attempt(folder: Path, warn: Callable[[str], None] = warn_on_stderr) -> None:
+def attempt(folder: Path, warn: Callable[[str], None] = warn) -> None:
     """The report of a run that ends. Whatever is wrong with it is one warning: the run counts, not its picture."""
     try:
         write_atomic(folder / "report.html", html_of(read_run(folder)).encode("utf-8", "backslashreplace"))

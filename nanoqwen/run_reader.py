@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanoqwen.errors import NoRunError
+from nanoqwen.files import read_json_if_any
+
 LARGEST = 1e100  # of what is drawn: beyond it is as good as infinite, and below its inverse nothing
 NAMES_AT_MOST = 2_000  # different metrics of a run: more are a mistake, and would not fit on a page
-
-
-class NoRunError(Exception):
-    exit_code = 4
 
 
 class Series(NamedTuple):
@@ -75,14 +74,6 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
                     yield row
     except OSError:
         return
-
-
-def json_of(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def numeric(value: Any) -> float | None:
@@ -156,8 +147,8 @@ def read_run(folder: Path) -> Run:
         name=folder.resolve().name,
         folder=folder,
         config=read_config(folder / "config.yaml"),
-        source=json_of(folder / "source.json"),
-        status=json_of(folder / "status.json"),
+        source=read_json_if_any(folder / "source.json"),
+        status=read_json_if_any(folder / "status.json"),
         series=series,
         samples=[row for row in rows_of(folder / "samples.jsonl") if isinstance(row.get("text"), str)],
         resumes=resumes,

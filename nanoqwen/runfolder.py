@@ -7,7 +7,6 @@ of 3,000 single flipped bits 2,996 went unnoticed by safetensors itself. Everyth
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -33,58 +32,36 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import GPT
+from nanoqwen import files
+from nanoqwen.errors import DiskError, FormatError, NonFiniteError, warn
+from nanoqwen.files import (
+    TEMPORARY,
+    disk_errors,
+    json_bytes,
+    make_folder,
+    read_json,
+    sha256_of,
+    sync,
+    write_atomic,
+    write_new,
+)
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import CheckpointError, write_folder
 
 FORMAT = 1  # of a checkpoint; raised when an older program would misread a newer one
 DIGEST_KEYS = ("step", "lr", "cursor", "rng")  # of state.json: what decides, beside the tensors, how a run goes on
-FOLDER_MODE, FILE_MODE = 0o755, 0o644  # less what the umask takes
 FILES_PER_CHECKPOINT = 16  # a dozen, and some to spare
-READ_BYTES = 2**20
-TEMPORARY, DELETED, REPLACED = ".tmp-", ".del-", ".old-"  # unfinished; being deleted; making way for its successor
+DELETED, REPLACED = ".del-", ".old-"  # being deleted; making way for its successor
 # What a program that loads the folder could take for a part of it; a README or a picture does no harm.
 LOADABLE = {".json", ".safetensors", ".bin", ".pt", ".pth", ".jinja", ".model", ".py", ".txt"}
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "tiktoken", "datasets")
 
 
-class DiskError(Exception):
-    exit_code = 6
-
-
-class BusyError(Exception):
-    exit_code = 5
-
-
-class NonFiniteError(FloatingPointError):
-    exit_code = 7
-
-
-class FormatError(CheckpointError):
-    """Whole, but written by another version: an older checkpoint is no answer to that."""
-
-
-def warn_on_stderr(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold a run folder, which is made if need be; the system lets go of it when the process ends, however it ends."""
-    with disk_errors(run):
-        _make_folder(run)
-        held = [os.open(run / ".lock", os.O_RDWR | os.O_CREAT, FILE_MODE)]
-    # A forked worker would hold the lock as well, and could outlive us.
-    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
-    try:
-        with disk_errors(run):
-            try:
-                fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BusyError(f"{run}: busy, another run is writing to this folder") from None
+    """Hold a run folder, which is made if need be."""
+    with files.lock(run / ".lock", busy=f"{run}: busy, another run is writing to this folder"):
         yield
-    finally:
-        if held:
-            os.close(held.pop())
 
 
 # --- writing a checkpoint ---------------------------------------------------------------------------------------------
@@ -100,7 +77,7 @@ def save(
     state: dict[str, Any],
     keep: int,
     best: int | None = None,
-    warn: Callable[[str], None] = warn_on_stderr,
+    warn: Callable[[str], None] = warn,
 ) -> tuple[Path, str]:
     """(folder, digest) of a new checkpoint, which is durable when this returns; older ones are then pruned.
 
@@ -112,7 +89,7 @@ def save(
     tensors = [*optimizer.values(), *(model.state_dict().values() if isinstance(model, nn.Module) else ())]
     with disk_errors(parent, sum(tensor.nbytes for tensor in tensors)):
         try:
-            _make_folder(unfinished)
+            make_folder(unfinished)
             if isinstance(model, nn.Module):
                 write_folder(model, tokenizer, unfinished)
             else:
@@ -152,7 +129,7 @@ def _write_state(folder: Path, step: int, tokenizer: Tokenizer | None, state: di
     state |= {"format": FORMAT, "step": step, "tensors": inventory(folder)}
     if _has_nan(state):
         raise NonFiniteError(f"step {step}: the state of the trainer holds a NaN; nothing was saved")
-    _write(folder / "state.json", _dump(state))
+    write_new(folder / "state.json", json_bytes(state))
 
 
 def _has_nan(value: Any) -> bool:
@@ -177,10 +154,10 @@ def _seal(folder: Path) -> None:
     mode = stat.S_IMODE((folder / "state.json").stat().st_mode)  # ours: FILE_MODE less what the umask takes
     for file in files:
         file.chmod(mode)  # libraries write files that all may change, or that only their owner may read
-        _sync(file)
-    listed = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-    _write(folder / "manifest.json", _dump({"files": listed}).rstrip())  # so that its last byte counts, too
-    _sync(folder)
+        sync(file)
+    listed = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    write_new(folder / "manifest.json", json_bytes({"files": listed}).rstrip())  # so that its last byte counts, too
+    sync(folder)
 
 
 def _publish(unfinished: Path, step: int) -> Path:
@@ -192,7 +169,7 @@ def _publish(unfinished: Path, step: int) -> Path:
             os.rename(replaced, final.with_name(f"{DELETED}{secrets.token_hex(8)}"))
         os.rename(final, replaced)  # killed here: `newest_valid` still finds it
     os.rename(unfinished, final)
-    _sync(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -209,7 +186,7 @@ def _prune(run: Path, step: int, keep: int, best: int | None, warn: Callable[[st
     _delete_all([*unwanted, *_leftovers(run)], warn)
 
 
-def sweep(run: Path, warn: Callable[[str], None], in_use: Path | None = None) -> None:
+def sweep(run: Path, in_use: Path | None = None, warn: Callable[[str], None] = warn) -> None:
     """Delete what saves and deletions left that were killed on the way, but for a checkpoint that is in use."""
     _delete_all([path for path in _leftovers(run) if path != in_use], warn)
 
@@ -274,7 +251,7 @@ def verify(folder: Path) -> str:
     return _digest(folder, state)
 
 
-def newest_valid(run: Path, warn: Callable[[str], None] = warn_on_stderr) -> Path | None:
+def newest_valid(run: Path, warn: Callable[[str], None] = warn) -> Path | None:
     """The whole checkpoint of the highest step, with one warning for each damaged one after it.
 
     None means that there never was one. Where all are damaged, a fresh start would hide the loss: a CheckpointError.
@@ -331,7 +308,7 @@ def _checkpoints(run: Path) -> list[tuple[int, Path]]:
 def _problem(folder: Path, *, hashes: bool = True) -> str | None:
     """What is wrong with the files of a checkpoint, going by its manifest."""
     try:
-        files = _read_json(folder / "manifest.json").get("files")
+        files = read_json(folder / "manifest.json").get("files")
         if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
             return f"{folder / 'manifest.json'}: expected a table of files"
         for name, entry in files.items():
@@ -342,7 +319,7 @@ def _problem(folder: Path, *, hashes: bool = True) -> str | None:
                 return f"{file}: missing"
             if file.stat().st_size != entry.get("size"):
                 return f"{file}: expected {entry.get('size')} bytes, got {file.stat().st_size}"
-            if hashes and _sha256(file) != entry.get("sha256"):
+            if hashes and sha256_of(file) != entry.get("sha256"):
                 return f"{file}: changed since it was written (SHA-256)"
         for file in sorted(folder.iterdir()):
             if file.suffix in LOADABLE and file.name not in {*files, "manifest.json"}:
@@ -357,7 +334,7 @@ def _problem(folder: Path, *, hashes: bool = True) -> str | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json, when this version understands it and the tensors beside it are those that were saved."""
     path = folder / "state.json"
-    state = _read_json(path)
+    state = read_json(path)
     found = state.get("format")
     if type(found) is not int:
         raise FormatError(f"{path}: expected format {FORMAT}, got {'none' if found is None else repr(found)}")
@@ -416,26 +393,6 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file}: not a readable safetensors file: {str(error).splitlines()[0]}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            sha.update(piece)
-    return sha.hexdigest()
-
-
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 
@@ -456,76 +413,15 @@ def check_disk(run: Path, bytes_needed: int, keep: int) -> None:
         raise DiskError(f"{run}: {keep + 1} checkpoints need {needed} files, free are {free} (inodes)")
 
 
-@contextmanager
-def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """What the disk refuses, as one line; libraries turn a full disk into exceptions of their own kinds."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
-        said = re.search(r"[^:(]*(?=\(os error \d+\))|No space left on device|Disk quota exceeded", str(error))
-        if not isinstance(error, OSError) and not said:
-            raise
-        reason = error.strerror or str(error) if isinstance(error, OSError) else said[0].strip()
-        exists = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        free = f"free are {shutil.disk_usage(exists).free:,} bytes"
-        raise DiskError(
-            f"{path}: {reason}; needed {needed:,} bytes, {free}" if needed else f"{path}: {reason}"
-        ) from error
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The old contents or the new ones, whatever happens in between."""
-    unfinished = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-    with disk_errors(path, len(data)):
-        try:
-            _write(unfinished, data)
-            os.rename(unfinished, path)
-            _sync(path.parent)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A new file, durable."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_folder(path: Path) -> None:
-    if not path.is_dir():
-        _make_folder(path.parent)
-        try:
-            path.mkdir(FOLDER_MODE)
-        except FileExistsError:  # made by another process meanwhile; a file of that name is an error
-            if not path.is_dir():
-                raise
-
-
-def _dump(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 # --- what a run says about itself -------------------------------------------------------------------------------------
 
 
 def write_status(run: Path, status: str, code: int, reason: str) -> None:
     """status.json. Where even that cannot be written, a warning: the reason of the end must not be lost over it."""
     try:
-        write_atomic(run / "status.json", _dump({"status": status, "code": code, "reason": reason}))
+        write_atomic(run / "status.json", json_bytes({"status": status, "code": code, "reason": reason}))
     except DiskError as error:
-        warn_on_stderr(f"status not recorded: {error}")
+        warn(f"status not recorded: {error}")
 
 
 def read_status(run: Path) -> str | None:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tiktoken
 
+from nanoqwen.errors import DataError
+
 # How a text is cut into pieces before BPE; a token never crosses a cut.
 # GPT-2: github.com/openai/gpt-2 src/encoder.py. Qwen2, 2.5 and 3: the tokenizer.json of the released models.
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -43,15 +45,6 @@ CHATML_TEMPLATE = (
 )
 # The literal system turn in a template such as Qwen2.5's; a newline is written `\n` or as itself.
 DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"<{}\\]|\\.)+)<\|im_end\|>""")
-
-
-class DataError(Exception):
-    """A user's mistake, told in one line."""
-
-    exit_code = 3
-
-    def __init__(self, message: str) -> None:
-        super().__init__(escape_terminal(" ".join(message.split())))
 
 
 class Tokenizer:
@@ -661,17 +654,3 @@ def _turn(index: int, message: Mapping[str, str]) -> tuple[str, str]:
     if not isinstance(content, str):
         raise DataError(f"message {index} ({role}): expected content to be a string, got {content!r:.80}")
     return role, content
-
-
-# C0 but tab and newline, DEL, C1, and the marks that turn the direction of writing.
-_UNSAFE = (set(range(0xA0)) - set(range(0x20, 0x7F)) - {0x09, 0x0A}) | {
-    *(0x061C, 0x200E, 0x200F),
-    *range(0x202A, 0x202F),
-    *range(0x2066, 0x206A),
-}
-_ESCAPES = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNSAFE}
-
-
-def escape_terminal(text: str) -> str:
-    """`text` with what could steer a terminal spelled out."""
-    return text.translate(_ESCAPES)

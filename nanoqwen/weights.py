@@ -36,20 +36,12 @@ from torch import Tensor, nn
 
 from model import GPT, ModelConfig
 from nanoqwen import lora
-from nanoqwen.config import ConfigError
-from nanoqwen.hf_format import (
-    OWN_TYPE,
-    CheckpointError,
-    config_from_hf,
-    config_to_hf,
-    from_hf,
-    model_type,
-    routing_from_hf,
-    to_hf,
-)
-from nanoqwen.lora import LoraConfig, LoraError, apply_lora, load_lora, lora_state, merge_lora
+from nanoqwen.errors import CheckpointError, ConfigError, DataError, LoraError
+from nanoqwen.files import read_json
+from nanoqwen.hf_format import OWN_TYPE, config_from_hf, config_to_hf, from_hf, model_type, routing_from_hf, to_hf
+from nanoqwen.lora import LoraConfig, apply_lora, load_lora, lora_state, merge_lora
 from nanoqwen.routing import RoutingConfig, build_model, make_routers, routed_layers
-from nanoqwen.tokenizer import DataError, Tokenizer, load_tokenizer
+from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 
 READ_BYTES = 2**26  # weights are read in pieces of this size (64 MiB), so that a load needs little more than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
@@ -87,7 +79,7 @@ def _resolve(folder: Path) -> Path:
 
 def config_of(source: str | Path) -> ModelConfig:
     """Of a source, of which nothing else is read."""
-    return config_from_hf(_read_json(resolve(source) / "config.json"))
+    return config_from_hf(read_json(resolve(source) / "config.json"))
 
 
 def _best_of(newest: Path) -> Path:
@@ -121,21 +113,11 @@ def _download(hub_id: str) -> Path:
         raise CheckpointError(f"{hub_id}: no such folder, and the hub could not be read: {reason}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             names = weight_map.values() if isinstance(weight_map, dict) else [None]
             if not names or not all(isinstance(file, str) and Path(file).name == file for file in names):
                 raise CheckpointError(f"{index}: weight_map: expected names of files in the same folder")
@@ -238,7 +220,7 @@ def load_model(
     folder = resolve(source)
     if is_adapter(folder):
         return _load_adapted(folder, torch.device(device), dtype, merge, allow_mismatch, warn)
-    hf = _read_json(folder / "config.json")
+    hf = read_json(folder / "config.json")
     cfg, stored = config_from_hf(hf), routing_from_hf(hf)
     device, routing = torch.device(device), _agreed(folder, cfg, stored, routing)
     with torch.device("meta"):
@@ -365,7 +347,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """An adapter written here or by PEFT. One that would be computed differently here, or not wholly, is refused."""
     folder = Path(folder)
     path = folder / ADAPTER_CONFIG
-    hf = _read_json(path)
+    hf = read_json(path)
     try:
         cfg = lora.from_peft(hf)
     except ValueError as error:
@@ -373,7 +355,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     base = hf.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{path}: base_model_name_or_path: expected a folder or hub id, got {base!r}")
-    record = _read_json(folder / BASE_RECORD) if (folder / BASE_RECORD).exists() else {}
+    record = read_json(folder / BASE_RECORD) if (folder / BASE_RECORD).exists() else {}
     if not all(isinstance(record.get(key, ""), str) for key in ("sha256", "folder", "tokenizer_hash")):
         raise CheckpointError(f"{folder / BASE_RECORD}: expected texts, got {record}")
     if record.get("folder") and not exists(base) and exists(folder / record["folder"]):

@@ -167,7 +167,7 @@ def serve(folder: Path) -> None:
 
 
 def _become(train: ModuleType, arguments: list[str], halted: bool, out: str, err: str, first: str) -> NoReturn:
-    from nanoqwen.config import run_script
+    from nanoqwen.errors import run_script
 
     for number, path in enumerate((os.devnull, out, err)):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC

@@ -31,7 +31,8 @@ from nanoqwen.chat import (
     packed,
     prepare_chat,
 )
-from nanoqwen.tokenizer import BYTES_PATTERN, DataError, Tokenizer, load_tokenizer, render_chat
+from nanoqwen.errors import DataError
+from nanoqwen.tokenizer import BYTES_PATTERN, Tokenizer, load_tokenizer, render_chat
 
 BYTES = load_tokenizer("bytes")
 START, END = 257, 258  # <|im_start|>, <|im_end|> of the tokenizer `bytes`

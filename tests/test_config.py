@@ -13,7 +13,8 @@ import yaml
 
 from model import ModelConfig
 from nanoqwen import config
-from nanoqwen.config import Config, ConfigError, check, dump, help_text, load_config, run_script
+from nanoqwen.config import Config, check, dump, help_text, load_config
+from nanoqwen.errors import ConfigError, run_script
 
 ROOT = Path(config.__file__).parents[1]
 TINY_MODEL = "hidden_size: 64\n  num_attention_heads: 4\n  num_key_value_heads: 2\n"
@@ -567,13 +568,14 @@ SCRIPT = """\
 import sys
 sys.path.insert(0, {root!r})
 from nanoqwen import config
+from nanoqwen.errors import run_script
 
 def main(argv):
     print(config.dump(config.load_config(argv, "infer")), flush=True)
     while "--chat" in argv:
         print("on and on")
 
-config.run_script(main)
+run_script(main)
 """
 
 

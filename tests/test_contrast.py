@@ -25,8 +25,9 @@ from data import micro_batches
 from model import GPT, IGNORE, ModelConfig, generate
 from nanoqwen import evaluate
 from nanoqwen.chat import packed
-from nanoqwen.config import ConfigError, load_config
+from nanoqwen.config import load_config
 from nanoqwen.distributed import World
+from nanoqwen.errors import ConfigError, DataError
 from nanoqwen.injection import contrast
 from nanoqwen.injection.contrast import HEAD, ProjectionHead, figures, infonce, linear, load_head, margin, pool
 from nanoqwen.injection.triplets import (
@@ -40,7 +41,7 @@ from nanoqwen.injection.triplets import (
 )
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.runfolder import verify
-from nanoqwen.tokenizer import DataError, load_tokenizer
+from nanoqwen.tokenizer import load_tokenizer
 from nanoqwen.weights import export, load_model, resolve
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

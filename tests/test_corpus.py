@@ -20,7 +20,8 @@ from corpora import EOS, ROOT, VOCAB, all_documents, documents, jsonl, texts, to
 from data import PretrainBatches
 from nanoqwen import corpus
 from nanoqwen.corpus import DataConfig, Prepared, TokenShards, prepare
-from nanoqwen.tokenizer import DataError, load_tokenizer, train_tokenizer
+from nanoqwen.errors import DataError, DiskError
+from nanoqwen.tokenizer import load_tokenizer, train_tokenizer
 
 # --- D01, D02: documents and their ends -----------------------------------------------------------------------------
 
@@ -446,13 +447,13 @@ import json, os, sys
 from nanoqwen import corpus
 corpus.JOB, corpus.LEDGER = 200, 1000
 left = int(sys.argv[2])
-def dying(path, content, write=corpus._write):
+def dying(path, content, write=corpus.write_atomic):
     global left
     write(path, content)
     left -= 1
     if left <= 0:
         os.kill(os.getpid(), 9)
-corpus._write = dying
+corpus.write_atomic = dying
 cfg = corpus.DataConfig("bytes", (sys.argv[1],), val_fraction=0.2, cache_dir=sys.argv[3], workers=2)
 corpus.prepare(cfg, 4096, progress=False)
 """
@@ -512,7 +513,7 @@ def test_e7_two_builders_at_once_end_with_one_result(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_one_line(build, tmp_path):
     jsonl(tmp_path / "a.jsonl", texts(5))
-    with pytest.raises(DataError, match=r"data\.cache_dir: .*a\.jsonl.*: (File exists|Not a directory)"):
+    with pytest.raises(DiskError, match=r"a\.jsonl.*: (File exists|Not a directory)"):
         build("a.jsonl", cache_dir=str(tmp_path / "a.jsonl"))
 
 

@@ -20,7 +20,8 @@ from corpora import EOS, ROOT, documents, jsonl, made, split_at_eos, stream_conf
 import data
 from data import IGNORE, Mixture, PretrainBatches, StreamBatches, eval_windows, open_batches, shuffled, token_bytes
 from nanoqwen.corpus import DataConfig, prepare
-from nanoqwen.tokenizer import DataError, load_tokenizer, train_tokenizer
+from nanoqwen.errors import DataError
+from nanoqwen.tokenizer import load_tokenizer, train_tokenizer
 
 GOLDEN_ORDER = [3, 8, 5, 6, 7, 1, 4, 0, 9, 2]
 GOLDEN_SHA = "566fe7460913b71e"

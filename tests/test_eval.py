@@ -20,8 +20,9 @@ import finetune
 import train
 from data import Batch, eval_windows, token_bytes
 from model import IGNORE
-from nanoqwen.config import ConfigError, load_config
+from nanoqwen.config import load_config
 from nanoqwen.distributed import World
+from nanoqwen.errors import ConfigError
 from nanoqwen.evaluate import evaluate, measure, ratio, run_of, token_losses
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.routing import RoutingConfig, build_model

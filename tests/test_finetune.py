@@ -15,7 +15,7 @@ import torch
 import finetune
 from model import GPT, ModelConfig, generate
 from nanoqwen.chat import ChatConfig, prepare_chat
-from nanoqwen.config import ConfigError
+from nanoqwen.errors import ConfigError
 from nanoqwen.runfolder import verify
 from nanoqwen.tokenizer import load_tokenizer, render_chat
 from nanoqwen.weights import export, load_model, resolve

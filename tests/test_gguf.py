@@ -18,7 +18,7 @@ import transformers
 import checkpoint
 from model import GPT, RopeScaling, generate
 from nanoqwen import gguf as gguf_writer
-from nanoqwen.config import ConfigError, exit_code_of
+from nanoqwen.errors import ConfigError, exit_code_of
 from nanoqwen.gguf import write_gguf
 from nanoqwen.routing import RoutingConfig, build_model
 from nanoqwen.tokenizer import CHATML_TEMPLATE, GPT2_PATTERN, Tokenizer, load_tokenizer, train_tokenizer

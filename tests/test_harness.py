@@ -16,10 +16,10 @@ import torch
 import eval as suite
 import train
 from model import beam_search, generate
-from nanoqwen.config import ConfigError
+from nanoqwen.errors import ConfigError, DataError
 from nanoqwen.harness import HarnessLM, evaluated, find_tasks, load_tasks
 from nanoqwen.routing import RoutingConfig, build_model, tokens_used
-from nanoqwen.tokenizer import DataError, Tokenizer, load_tokenizer, train_tokenizer
+from nanoqwen.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from nanoqwen.weights import export, load_model, resolve
 
 CONTEXT = 64

@@ -18,7 +18,8 @@ import torch
 
 import infer
 from model import GPT, generate
-from nanoqwen.config import ConfigError, load_config, run_script
+from nanoqwen.config import load_config
+from nanoqwen.errors import ConfigError, run_script
 from nanoqwen.tokenizer import load_tokenizer, render_chat, train_tokenizer
 from nanoqwen.weights import export, load_model
 

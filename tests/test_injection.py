@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 import eval
 from model import GPT, generate
-from nanoqwen.config import ConfigError, load_config
+from nanoqwen.config import load_config
+from nanoqwen.errors import ConfigError, DataError
 from nanoqwen.injection import suite
 from nanoqwen.injection.contrast import HEAD, ProjectionHead, load_head
 from nanoqwen.injection.score import (
@@ -49,7 +50,7 @@ from nanoqwen.injection.score import (
 )
 from nanoqwen.injection.triplets import Tokenised, Triplet, area_under_curve, tokenised, triplet
 from nanoqwen.lora import LoraConfig, apply_lora
-from nanoqwen.tokenizer import DataError, load_tokenizer
+from nanoqwen.tokenizer import load_tokenizer
 from nanoqwen.weights import export, hash_weights, load_model, write_adapter
 
 BYTES = load_tokenizer("bytes")

@@ -22,8 +22,8 @@ from model import flops_per_token
 from nanoqwen import log
 from nanoqwen.config import Config, load_config
 from nanoqwen.distributed import World
+from nanoqwen.errors import NonFiniteError
 from nanoqwen.log import MetricLog, Peak, Speed
-from nanoqwen.runfolder import NonFiniteError
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 0, 1, torch.device("cpu"))

@@ -27,10 +27,10 @@ import checkpoint
 import infer
 from model import GPT, IGNORE
 from nanoqwen import weights
-from nanoqwen.config import load_config, run_script
+from nanoqwen.config import load_config
+from nanoqwen.errors import LoraError, run_script
 from nanoqwen.lora import (
     LoraConfig,
-    LoraError,
     LoRALinear,
     apply_lora,
     from_peft,

@@ -20,8 +20,9 @@ import bench
 import train
 from model import GPT, KVCache, ModelConfig
 from nanoqwen import plan
-from nanoqwen.config import ConfigError, load_config
+from nanoqwen.config import load_config
 from nanoqwen.distributed import World
+from nanoqwen.errors import ConfigError
 from nanoqwen.injection.contrast import ProjectionHead
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.routing import RoutingConfig, build_model

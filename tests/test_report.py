@@ -23,7 +23,7 @@ import pytest
 import runs
 
 from nanoqwen import report
-from nanoqwen.config import run_script
+from nanoqwen.errors import run_script
 from nanoqwen.plot import Scale, draw, safe, short, thinned, ticks
 from nanoqwen.routing import RoutingConfig, penalty_weights
 from nanoqwen.run_reader import read_run, rows_of, smoothed

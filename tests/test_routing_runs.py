@@ -28,8 +28,9 @@ from data import Batch, micro_batches
 from finetune import with_routers
 from model import GPT, IGNORE, ModelConfig
 from nanoqwen import evaluate, plan
-from nanoqwen.config import ConfigError, load_config
+from nanoqwen.config import load_config
 from nanoqwen.distributed import World
+from nanoqwen.errors import ConfigError
 from nanoqwen.lora import LoraConfig, apply_lora, lora_state
 from nanoqwen.routing import (
     RoutingConfig,

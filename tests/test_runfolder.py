@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanoqwen import runfolder
+from nanoqwen.errors import BusyError, DiskError
+from nanoqwen.files import write_atomic
 from nanoqwen.runfolder import (
-    BusyError,
-    DiskError,
     check_disk,
     digest,
     load_trainer_state,
@@ -34,7 +34,6 @@ from nanoqwen.runfolder import (
     save,
     source_record,
     verify,
-    write_atomic,
     write_status,
 )
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
@@ -765,11 +764,12 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from nanoqwen import runfolder
+from nanoqwen.errors import BusyError
 try:
     with runfolder.lock(Path(sys.argv[2])):
         print("held", flush=True)
         time.sleep(float(sys.argv[3]))
-except runfolder.BusyError as error:
+except BusyError as error:
     print(error)
     sys.exit(error.exit_code)
 """

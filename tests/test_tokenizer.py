@@ -23,16 +23,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from nanoqwen import tokenizer as tokenizer_module
-from nanoqwen.tokenizer import (
-    DataError,
-    StreamDecoder,
-    Tokenizer,
-    escape_terminal,
-    load_tokenizer,
-    pieces_of,
-    render_chat,
-    train_tokenizer,
-)
+from nanoqwen.errors import DataError, escape_terminal
+from nanoqwen.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, pieces_of, render_chat, train_tokenizer
 
 LLAMA3_PATTERN = tokenizer_module.QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 # The patterns of tiktoken's own gpt2 and cl100k_base, as tiktoken 0.14 spells them.

@@ -21,8 +21,9 @@ from torch import nn
 import train
 from data import Batch, micro_batches
 from model import IGNORE, KVCache
-from nanoqwen.config import ConfigError, TrainConfig, load_config
+from nanoqwen.config import TrainConfig, load_config
 from nanoqwen.distributed import World
+from nanoqwen.errors import ConfigError
 from nanoqwen.lora import LoraConfig, apply_lora, lora_state
 from nanoqwen.runfolder import verify
 

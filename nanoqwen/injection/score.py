@@ -19,9 +19,10 @@ from torch import Tensor
 
 from model import GPT, IGNORE, generate
 from nanoqwen.chat import packed
+from nanoqwen.errors import DataError
 from nanoqwen.injection.contrast import represent
 from nanoqwen.injection.triplets import Tokenised, Triplet, area_under_curve, batch_of
-from nanoqwen.tokenizer import DataError, Tokenizer
+from nanoqwen.tokenizer import Tokenizer
 
 BENIGN, REWORDED, INJECTED = range(3)  # streams of a triplet
 FALSE_ALARMS, FOUND = 0.01, 0.99  # a detector may fire on so many harmless references, and must on so many others

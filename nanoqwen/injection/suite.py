@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 from model import GPT
 from nanoqwen.chat import Audit
-from nanoqwen.config import Config, ConfigError
+from nanoqwen.config import Config
 from nanoqwen.distributed import pick_device, pick_dtype
+from nanoqwen.errors import ConfigError, DataError, escape_terminal
 from nanoqwen.evaluate import (
     figures_file,
     recorded,
     source_folder,
 )
+from nanoqwen.files import write_atomic
 from nanoqwen.injection.contrast import load_head
 from nanoqwen.injection.score import (
     BENIGN,
@@ -41,8 +43,7 @@ from nanoqwen.injection.triplets import (
     tokenised,
 )
 from nanoqwen.lora import without_lora
-from nanoqwen.runfolder import write_atomic
-from nanoqwen.tokenizer import DataError, Tokenizer, escape_terminal
+from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import is_adapter, load_model, read_adapter
 
 KNOWN = 256  # training triplets that say where the head puts benign and injected requests

@@ -49,7 +49,8 @@ from nanoqwen.corpus import (
     type_name,
     weighted,
 )
-from nanoqwen.tokenizer import DataError, Tokenizer, chat_turns
+from nanoqwen.errors import DataError
+from nanoqwen.tokenizer import Tokenizer, chat_turns
 
 INJECTIONS_TEST = f"{INJECTIONS}-test"
 STREAMS = ("benign", "cf", "injection")

@@ -21,9 +21,10 @@ import torch
 import yaml
 
 from model import GPT
-from nanoqwen.config import one_line
-from nanoqwen.hf_format import OWN_TYPE, CheckpointError, model_type
-from nanoqwen.run_reader import json_of, rows_of
+from nanoqwen.errors import CheckpointError, one_line
+from nanoqwen.files import read_json_if_any
+from nanoqwen.hf_format import OWN_TYPE, model_type
+from nanoqwen.run_reader import rows_of
 from nanoqwen.runfolder import SECRET_TEXT
 from nanoqwen.tokenizer import QWEN2_PATTERN, Tokenizer
 from nanoqwen.weights import (
@@ -76,9 +77,9 @@ def origin_of(folder: Path) -> Origin:
         return Origin({}, {}, [], {})
     run = folder.parents[1]
     files = [file for file in sorted(run.glob("*.json")) if file.name not in ("source.json", "status.json")]
-    reports = {file.name: found for file in files if (found := json_of(file))}
+    reports = {file.name: found for file in files if (found := read_json_if_any(file))}
     rows = [row for row in rows_of(run / "metrics.jsonl") if type(row.get("step")) is int]
-    return Origin(json_of(folder / "state.json"), json_of(run / "source.json"), rows, reports)
+    return Origin(read_json_if_any(folder / "state.json"), read_json_if_any(run / "source.json"), rows, reports)
 
 
 # --- text from elsewhere ----------------------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def _lineage(folder: Path, origin: Origin, adapter: Adapter | None, parents: lis
 
 
 def _file_hash(folder: Path, adapter: Adapter | None) -> str:
-    files = json_of(folder / "manifest.json").get("files") or {}
+    files = read_json_if_any(folder / "manifest.json").get("files") or {}
     found = (files.get(ADAPTER_WEIGHTS if adapter else "model.safetensors") or {}).get("sha256")
     return f", {'adapter' if adapter else 'file'} `{found}`" if found else ""
 

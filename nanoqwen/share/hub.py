@@ -10,8 +10,8 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from nanoqwen.config import ConfigError, one_line
-from nanoqwen.hf_format import OWN_TYPE, CheckpointError
+from nanoqwen.errors import CheckpointError, ConfigError, one_line
+from nanoqwen.hf_format import OWN_TYPE
 from nanoqwen.runfolder import SECRET_TEXT
 from nanoqwen.share.card import on_hub, public
 from nanoqwen.weights import ADAPTER_WEIGHTS, BASE_RECORD, is_adapter, load_model, read_adapter, weight_files
