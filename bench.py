@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 
-from data import Batch, micro_batches
+from data import Batch, ChatBatches, micro_batches
 from model import GPT, IGNORE, KVCache, flops_per_token
-from nanoqwen.chat import ChatBatches, Example, prepare_chat
+from nanoqwen.chat import Example, prepare_chat
 from nanoqwen.config import Config, check, check_context, load_config, preset_names
 from nanoqwen.corpus import prepare
 from nanoqwen.distributed import World, pick_device, pick_dtype

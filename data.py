@@ -3,7 +3,6 @@
     python data.py prepare --data.train='corpus/*.jsonl'    tokenise what a configuration names
     python data.py show                                     a sample of what the model will be trained on
     python data.py bench                                    the rate of `prepare` beside that of tiktoken alone
-    python data.py check triplets.jsonl                     whether triplets for contrastive fine-tuning are sound
 
 Letters in shapes: B rows, T tokens of a row (seq_len), V ids.
 """
@@ -27,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanoqwen.chat import Example, packed
+from nanoqwen.config import DataConfig, load_config
 from nanoqwen.corpus import (
-    DataConfig,
     Input,
     Prepared,
     Reader,
@@ -42,7 +42,7 @@ from nanoqwen.corpus import (
     short_hash,
     tokenise,
 )
-from nanoqwen.errors import DataError, escape_terminal
+from nanoqwen.errors import ConfigError, DataError, escape_terminal, run_script
 from nanoqwen.tokenizer import Tokenizer
 
 IGNORE = -100  # target of a position that is not trained, as in torch's cross entropy
@@ -470,32 +470,116 @@ def _seconds(action: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - clock, time.process_time() - used
 
 
-def check(argv: list[str]) -> int:
-    """Validates triplets: those of the files in front of the options, else those that the configuration names."""
-    from nanoqwen.config import load_config
-    from nanoqwen.injection.triplets import check_triplets
+def _packed_batch(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
+    """Conversations side by side; each is a document of its own, and so is what fills up the row."""
+    tokens = np.empty((len(rows), seq_len), np.int64)
+    targets = np.full((len(rows), seq_len), IGNORE, np.int64)
+    documents = np.empty((len(rows), seq_len), np.int64)
+    for row, examples in enumerate(rows):
+        at = 0
+        for number, example in enumerate(examples):
+            end = at + len(example.ids)
+            tokens[row, at:end], documents[row, at:end] = example.ids, number
+            targets[row, at : end - 1] = np.where(example.mask[1:], example.ids[1:], IGNORE)
+            at = end
+        tokens[row, at:], documents[row, at:] = examples[-1].ids[-1], len(examples)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
 
-    files = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    rest = [
-        *(f"--contrast.train={name}" for name in files if not name.endswith((".yaml", ".yml"))),
-        *argv[len(files) :],
-    ]
-    own = [name for name in files if name.endswith((".yaml", ".yml"))]
-    usage = "python data.py check [TRIPLETS ...] [--contrast.val TRIPLETS] [--key=value ...]"
-    return check_triplets(load_config([*own, *rest], "contrast", usage=usage).contrast)
+
+class ChatBatches:
+    """The global batch of each step, a pure function of (seed, step), as PretrainBatches.
+
+    Conversations are packed once, by their lengths. In each epoch those of equal length change places at random, and
+    the rows come in another order, so that any epoch is known without the ones before. Each conversation comes once
+    in an epoch; epochs follow each other without a gap, within a batch if need be.
+    """
+
+    def __init__(self, examples: Sequence[Example], seq_len: int, rows: int, seed: int, *, pack: bool = True) -> None:
+        if not examples:
+            raise DataError("chat.train: expected at least one conversation, got none")
+        for example in examples:
+            if len(example.ids) > seq_len or not example.mask[1:].any():
+                what = f"{len(example.ids)} tokens, {example.mask[1:].sum()} of them learned"
+                raise DataError(f"{example.where}: expected at most {seq_len} tokens, and some to learn, got {what}")
+        self.examples, self.seq_len, self.rows, self.seed = examples, seq_len, rows, seed
+        self.lengths = np.array([len(example.ids) for example in examples])
+        ascending = np.sort(self.lengths).tolist()
+        self.slots = packed(ascending, seq_len) if pack else [[index] for index in range(len(ascending))]
+        self.steps_per_epoch = math.ceil(len(self.slots) / rows)
+        self.padding = 1 - sum(ascending) / (len(self.slots) * seq_len)
+        self.targets = sum(int(example.mask.sum()) for example in examples) / (len(self.slots) * seq_len)
+        self.isolated = True
+        digest = hashlib.sha256(bytes([pack]))
+        for example in examples:
+            digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.mask.tobytes())
+        self.fingerprint = digest.hexdigest()[:32]
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._kept: tuple[int, Batch | None] = (-1, None)
+
+    def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        if world == 1:
+            return Batch(*(torch.from_numpy(part.numpy().copy()) for part in self._global(step)))
+        return self._rows(step, self.rows * rank // world, self.rows * (rank + 1) // world)
+
+    def sha(self, step: int) -> str:
+        """Hash of the tokens and targets of the global batch."""
+        batch = self._global(step)
+        return token_sha(np.stack([batch.tokens.numpy(), batch.targets.numpy()]))
+
+    def epoch(self, step: int) -> float:
+        """How often, at the start of `step`, as many rows have come as there are."""
+        return step * self.rows / len(self.slots)
+
+    def _global(self, step: int) -> Batch:
+        if self._kept[0] != step:
+            self._kept = step, self._rows(step, 0, self.rows)
+        return self._kept[1]
+
+    def _rows(self, step: int, first: int, last: int) -> Batch:
+        return _packed_batch(self.conversations(step, first, last), self.seq_len)
+
+    def conversations(self, step: int, first: int, last: int) -> list[list[Example]]:
+        """Those in rows `first` to `last` of the global batch."""
+        epochs, places = np.divmod(np.arange(step * self.rows + first, step * self.rows + last), len(self.slots))
+        found = []
+        for epoch in np.unique(epochs).tolist():  # most often one; two where an epoch ends within the batch
+            here = places[epochs == epoch]
+            order = self._by_length(epoch)
+            for row in shuffled(here, len(self.slots), random_key(self.seed, "rows", epoch)).tolist():
+                found.append([self.examples[order[slot]] for slot in self.slots[row]])
+        return found
+
+    def _by_length(self, epoch: int) -> np.ndarray:
+        """The examples from short to long, those of equal length in an order of this epoch."""
+        if self._order[0] != epoch:
+            count = len(self.examples)
+            chance = shuffled(np.arange(count), count, random_key(self.seed, "examples", epoch))
+            self._order = epoch, np.lexsort((chance, self.lengths))
+        return self._order[1]
+
+
+def chat_windows(examples: Sequence[Example], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
+    """The rows that every evaluation uses, in batches of at most `rows`: the same for any run, rank or world.
+
+    They are packed, and taken at equal distances from all; `max_tokens` positions are at most.
+    """
+    slots = packed([len(example.ids) for example in examples], seq_len)
+    if not slots:
+        raise DataError("chat.val: nothing to validate on, there are no conversations")
+    count = min(len(slots), max(1, max_tokens // seq_len))
+    chosen = [[examples[index] for index in slots[row * len(slots) // count]] for row in range(count)]
+    return [_packed_batch(chosen[first : first + rows], seq_len) for first in range(0, count, rows)]
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> int:
-    # The one look upwards: as a program this file reads the configuration, which itself is made of our DataConfig.
-    from nanoqwen.config import load_config
-    from nanoqwen.errors import ConfigError
 
-    usage = "python data.py prepare|show|bench|check [FILE.yaml] [--preset NAME] [--key=value ...]"
+    usage = "python data.py prepare|show|bench [FILE.yaml] [--preset NAME] [--key=value ...]"
     command = argv[0] if argv else "--help"
-    if command not in ("prepare", "show", "bench", "check", "-h", "--help"):
-        raise ConfigError(f"{command}: expected prepare, show, bench or check ({usage})")
-    if command == "check":
-        return check(argv[1:])
+    if command not in ("prepare", "show", "bench", "-h", "--help"):
+        raise ConfigError(f"{command}: expected prepare, show or bench ({usage})")
     cfg = load_config([command, *argv[1:]] if command.startswith("-") else argv[1:], "data", usage=usage)
     prepared = prepare(cfg.data, cfg.model.vocab_size)
     tokenizer = prepared.tokenizer
@@ -518,6 +602,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from nanoqwen.errors import run_script
-
     run_script(main)

@@ -16,10 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data import Batch, PretrainBatches, eval_windows
-from nanoqwen.chat import ChatConfig, chat_windows, prepare_chat
-from nanoqwen.config import Config, FinetuneConfig, TrainConfig, check, load_config
-from nanoqwen.corpus import DataConfig, expand, prepare
+from data import Batch, PretrainBatches, chat_windows, eval_windows
+from nanoqwen.chat import prepare_chat
+from nanoqwen.config import (
+    ChatConfig,
+    Config,
+    ContrastConfig,
+    DataConfig,
+    FinetuneConfig,
+    TrainConfig,
+    check,
+    load_config,
+)
+from nanoqwen.corpus import expand, prepare
 from nanoqwen.distributed import ranks
 from nanoqwen.errors import ConfigError, DataError, escape_terminal, run_script
 from nanoqwen.evaluate import (
@@ -37,12 +46,7 @@ from nanoqwen.evaluate import (
 from nanoqwen.files import write_atomic
 from nanoqwen.harness import ask_tasks, record_of
 from nanoqwen.injection.suite import injection_suite
-from nanoqwen.injection.triplets import (
-    ContrastConfig,
-    prepare_triplets,
-    row_width,
-    triplet_windows,
-)
+from nanoqwen.injection.triplets import prepare_triplets, row_width, triplet_windows
 
 WIDTH = 1024  # tokens in a row of held-out text for a model that does not say, if its context holds them
 ALL = 1 << 40  # rows, or triplets: more than there are

@@ -25,18 +25,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from data import Batch, Micro, show, write_text
+from data import Batch, ChatBatches, Micro, chat_windows, show, write_text
 from model import GPT, IGNORE
-from nanoqwen.chat import ChatBatches, ChatData, chat_windows, prepare_chat
-from nanoqwen.config import Config, FinetuneConfig, check, check_context, check_rows, load_config
+from nanoqwen.chat import ChatData, prepare_chat
+from nanoqwen.config import Config, ContrastConfig, FinetuneConfig, check, check_context, check_rows, load_config
+from nanoqwen.corpus import prepare
 from nanoqwen.distributed import World, ranks, start, stop, total, unwrapped, whole
 from nanoqwen.errors import ConfigError, DataError, ResumeError, run_script, say
 from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
 from nanoqwen.injection.score import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
 from nanoqwen.injection.triplets import (
-    ContrastConfig,
     Tokenised,
     TripletBatches,
+    check_triplets,
     numbered,
     prepare_triplets,
     row_width,
@@ -326,10 +327,17 @@ def build_contrast(cfg: Config, world: World) -> Trainer:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def show_data(cfg: Config) -> None:
-    """The first rows that a run would see."""
+def show_data(cfg: Config) -> int:
+    """What a run would be trained on, counted, and its first rows. Without a base: in tokens of `data`."""
     loop = cfg.finetune
-    tokenizer = load_tokenizer(base_of(loop))
+    if loop.objective == "contrast" and (code := check_triplets(cfg.contrast)):
+        return code
+    if loop.base_ckpt is not None:
+        tokenizer = load_tokenizer(base_of(loop))
+    elif cfg.data.tokenizer != "auto":
+        tokenizer = load_tokenizer(cfg.data.tokenizer)
+    else:
+        tokenizer = prepare(cfg.data, cfg.model.vocab_size).tokenizer
     if loop.objective == "contrast":
         data = prepare_triplets(cfg.contrast, tokenizer, loop.seq_len)
         loop = replace(loop, seq_len=row_width(data.train, loop.seq_len, loop.rows, loop.batch_tokens))
@@ -340,6 +348,7 @@ def show_data(cfg: Config) -> None:
         batch = open_chat(cfg, data, rows=min(2, loop.rows))(0)
     say(str(data.audit))
     write_text(show(batch, tokenizer, sys.stdout.isatty()))
+    return 0
 
 
 SHARED = ("run", "finetune", "routing", "lora")
@@ -353,8 +362,7 @@ OBJECTIVES = {
 def main(argv: list[str]) -> int:
     cfg = load_config(argv, "finetune")
     if cfg.finetune.show_data:
-        show_data(cfg)
-        return 0
+        return show_data(cfg)
     check(cfg, ranks(), cfg.finetune)
     base_of(cfg.finetune)
     refuse_own_base(cfg)

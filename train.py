@@ -27,10 +27,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data import Batch, Micro, PretrainBatches, StreamBatches, eval_windows, micro_batches, open_batches, token_bytes
+from data import (
+    Batch,
+    ChatBatches,
+    Micro,
+    PretrainBatches,
+    StreamBatches,
+    eval_windows,
+    micro_batches,
+    open_batches,
+    token_bytes,
+)
 from model import GPT, IGNORE, Output, generate
 from nanoqwen import report, runfolder
-from nanoqwen.chat import ChatBatches
 from nanoqwen.config import Config, TrainConfig, check, dump, load_config
 from nanoqwen.corpus import prepare
 from nanoqwen.distributed import (

@@ -1,10 +1,9 @@
-"""Conversations to batches for supervised fine-tuning: what an assistant has to write is learned, the rest is read.
+"""Conversations to examples for supervised fine-tuning: what an assistant has to write is learned, the rest is read.
 
-    python chat.py                                   what a configuration names, counted
-    python chat.py show --chat.train=mine.jsonl      and the first batch, trained and masked tokens told apart
+    python finetune.py --show_data --chat.train mine.jsonl     what they are, counted, and the first rows
 
 A source is builtin:docstrings (instruction -> function, from the standard library of the running Python),
-builtin:tasks (small questions and orders: see tasks.py), or rows of .jsonl .jsonl.gz .jsonl.zst .parquet or a Hugging
+builtin:tasks (small questions and orders: see builtin.py), or rows of .jsonl .jsonl.gz .jsonl.zst .parquet or a Hugging
 Face data set, each of which has one of these shapes:
 
     {"messages": [{"role": "system" | "user" | "assistant", "content": TEXT}, ...]}
@@ -19,66 +18,39 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import math
-import sys
 import textwrap
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from data import IGNORE, Batch, random_key, show, shuffled, token_sha, write_text
 from nanoqwen.builtin import TASKS, conversations
+from nanoqwen.config import ChatConfig, DataConfig
 from nanoqwen.corpus import (
     ROW_FILES,
     BadRow,
-    DataConfig,
     Input,
     RowReader,
     essence,
     expand,
     listed,
-    prepare,
     python_files,
-    require,
     row_object,
     split_by_hash,
     type_name,
-    weighted,
 )
 from nanoqwen.errors import DataError
-from nanoqwen.tokenizer import Tokenizer, Turn, chat_turns, joined, load_tokenizer
+from nanoqwen.tokenizer import Tokenizer, Turn, chat_turns, joined
 
 DOCSTRINGS = "builtin:docstrings"
 SHAPES = "messages, conversations, instruction and output, or prompt and response"
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 PLACES = 5  # rows that are named of those left out for one reason
 ASKED, ANSWERED = 400, 120  # characters of the built-in set, at most: a tiny model repeats itself in longer functions
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    train: tuple[str, ...] = (DOCSTRINGS,)
-    val: tuple[str, ...] = ()
-    val_fraction: float = 0.05
-    split: str = "train"
-    on_error: Literal["stop", "skip"] = "stop"
-    limit: int = 0
-    system: str | None = None
-    pack: bool = True
-
-    def __post_init__(self) -> None:
-        require(self.train and all(self.train), "train", "at least one source", self.train)
-        require(all(self.val), "val", "sources", self.val)
-        plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
-        require(plain is None, "train", "sources without weights", plain)
-        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
 
 
 # --- rows to messages -------------------------------------------------------------------------------------------------
@@ -252,6 +224,32 @@ class Audit:
         return "\n".join(lines)
 
 
+def packed(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+    """Indices of `lengths` in rows of at most seq_len tokens: the longest first, each to where the least room is left.
+
+    "Best fit decreasing" needs at most 11/9 of the fewest rows, and a few (Johnson and others, SIAM J. Comput. 1974).
+    """
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows that have that much room
+    rooms: list[int] = []  # those of which there are rows, ascending
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, row = seq_len, len(rows)
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms.pop(at)
+        rows[row].append(index)
+        if not by_room[room - length]:
+            rooms.insert(bisect_left(rooms, room - length), room - length)
+        by_room[room - length].append(row)
+    return rows
+
+
 class ChatData(NamedTuple):
     train: list[Example]
     val: list[Example]
@@ -366,7 +364,8 @@ def prepare_chat(cfg: ChatConfig, tokenizer: Tokenizer, seq_len: int) -> ChatDat
     audit.tokens = sum(len(example.ids) for example in train)
     audit.supervised = sum(int(example.mask.sum()) for example in train)
     _refuse_nothing(cfg, audit)
-    audit.padding = ChatBatches(train, seq_len, 1, 0, pack=cfg.pack).padding
+    lengths = [len(example.ids) for example in train]
+    audit.padding = 1 - sum(lengths) / ((len(packed(lengths, seq_len)) if cfg.pack else len(lengths)) * seq_len)
     return ChatData(train, val, audit)
 
 
@@ -378,159 +377,3 @@ def _refuse_nothing(cfg: ChatConfig, audit: Audit) -> None:
     if not audit.val:
         where = f"chat.val: {', '.join(cfg.val)}" if cfg.val else f"chat.val_fraction {cfg.val_fraction:g}"
         raise DataError(f"{where}: nothing to validate on ({what}); give chat.val, a larger share or more rows")
-
-
-# --- examples to batches ----------------------------------------------------------------------------------------------
-
-
-def packed(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most seq_len tokens: the longest first, each to where the least room is left.
-
-    "Best fit decreasing" needs at most 11/9 of the fewest rows, and a few (Johnson and others, SIAM J. Comput. 1974).
-    """
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows that have that much room
-    rooms: list[int] = []  # those of which there are rows, ascending
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room, row = seq_len, len(rows)
-            rows.append([])
-        else:
-            room = rooms[at]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms.pop(at)
-        rows[row].append(index)
-        if not by_room[room - length]:
-            rooms.insert(bisect_left(rooms, room - length), room - length)
-        by_room[room - length].append(row)
-    return rows
-
-
-def _batch(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
-    """Conversations side by side; each is a document of its own, and so is what fills up the row."""
-    tokens = np.empty((len(rows), seq_len), np.int64)
-    targets = np.full((len(rows), seq_len), IGNORE, np.int64)
-    documents = np.empty((len(rows), seq_len), np.int64)
-    for row, examples in enumerate(rows):
-        at = 0
-        for number, example in enumerate(examples):
-            end = at + len(example.ids)
-            tokens[row, at:end], documents[row, at:end] = example.ids, number
-            targets[row, at : end - 1] = np.where(example.mask[1:], example.ids[1:], IGNORE)
-            at = end
-        tokens[row, at:], documents[row, at:] = examples[-1].ids[-1], len(examples)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
-
-
-class ChatBatches:
-    """The global batch of each step, a pure function of (seed, step), as PretrainBatches.
-
-    Conversations are packed once, by their lengths. In each epoch those of equal length change places at random, and
-    the rows come in another order, so that any epoch is known without the ones before. Each conversation comes once
-    in an epoch; epochs follow each other without a gap, within a batch if need be.
-    """
-
-    def __init__(self, examples: Sequence[Example], seq_len: int, rows: int, seed: int, *, pack: bool = True) -> None:
-        if not examples:
-            raise DataError("chat.train: expected at least one conversation, got none")
-        for example in examples:
-            if len(example.ids) > seq_len or not example.mask[1:].any():
-                what = f"{len(example.ids)} tokens, {example.mask[1:].sum()} of them learned"
-                raise DataError(f"{example.where}: expected at most {seq_len} tokens, and some to learn, got {what}")
-        self.examples, self.seq_len, self.rows, self.seed = examples, seq_len, rows, seed
-        self.lengths = np.array([len(example.ids) for example in examples])
-        ascending = np.sort(self.lengths).tolist()
-        self.slots = packed(ascending, seq_len) if pack else [[index] for index in range(len(ascending))]
-        self.steps_per_epoch = math.ceil(len(self.slots) / rows)
-        self.padding = 1 - sum(ascending) / (len(self.slots) * seq_len)
-        self.targets = sum(int(example.mask.sum()) for example in examples) / (len(self.slots) * seq_len)
-        self.isolated = True
-        digest = hashlib.sha256(bytes([pack]))
-        for example in examples:
-            digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.mask.tobytes())
-        self.fingerprint = digest.hexdigest()[:32]
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        self._kept: tuple[int, Batch | None] = (-1, None)
-
-    def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        if world == 1:
-            return Batch(*(torch.from_numpy(part.numpy().copy()) for part in self._global(step)))
-        return self._rows(step, self.rows * rank // world, self.rows * (rank + 1) // world)
-
-    def sha(self, step: int) -> str:
-        """Hash of the tokens and targets of the global batch."""
-        batch = self._global(step)
-        return token_sha(np.stack([batch.tokens.numpy(), batch.targets.numpy()]))
-
-    def epoch(self, step: int) -> float:
-        """How often, at the start of `step`, as many rows have come as there are."""
-        return step * self.rows / len(self.slots)
-
-    def _global(self, step: int) -> Batch:
-        if self._kept[0] != step:
-            self._kept = step, self._rows(step, 0, self.rows)
-        return self._kept[1]
-
-    def _rows(self, step: int, first: int, last: int) -> Batch:
-        return _batch(self.conversations(step, first, last), self.seq_len)
-
-    def conversations(self, step: int, first: int, last: int) -> list[list[Example]]:
-        """Those in rows `first` to `last` of the global batch."""
-        epochs, places = np.divmod(np.arange(step * self.rows + first, step * self.rows + last), len(self.slots))
-        found = []
-        for epoch in np.unique(epochs).tolist():  # most often one; two where an epoch ends within the batch
-            here = places[epochs == epoch]
-            order = self._by_length(epoch)
-            for row in shuffled(here, len(self.slots), random_key(self.seed, "rows", epoch)).tolist():
-                found.append([self.examples[order[slot]] for slot in self.slots[row]])
-        return found
-
-    def _by_length(self, epoch: int) -> np.ndarray:
-        """The examples from short to long, those of equal length in an order of this epoch."""
-        if self._order[0] != epoch:
-            count = len(self.examples)
-            chance = shuffled(np.arange(count), count, random_key(self.seed, "examples", epoch))
-            self._order = epoch, np.lexsort((chance, self.lengths))
-        return self._order[1]
-
-
-def chat_windows(examples: Sequence[Example], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
-    """The rows that every evaluation uses, in batches of at most `rows`: the same for any run, rank or world.
-
-    They are packed, and taken at equal distances from all; `max_tokens` positions are at most.
-    """
-    slots = packed([len(example.ids) for example in examples], seq_len)
-    if not slots:
-        raise DataError("chat.val: nothing to validate on, there are no conversations")
-    count = min(len(slots), max(1, max_tokens // seq_len))
-    chosen = [[examples[index] for index in slots[row * len(slots) // count]] for row in range(count)]
-    return [_batch(chosen[first : first + rows], seq_len) for first in range(0, count, rows)]
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str]) -> None:
-    # As in data.py: as a program this file reads the configuration, which itself is made of our ChatConfig.
-    from nanoqwen.config import load_config
-
-    usage = "python chat.py [show] [FILE.yaml] [--preset NAME] [--key=value ...]"
-    wants_sample = argv[:1] == ["show"]
-    cfg = load_config(argv[1:] if wants_sample else argv, "chat", usage=usage)
-    named = cfg.data.tokenizer
-    tokenizer = load_tokenizer(named) if named != "auto" else prepare(cfg.data, cfg.model.vocab_size).tokenizer
-    found = prepare_chat(cfg.chat, tokenizer, cfg.train.seq_len)
-    print(found.audit)
-    if wants_sample:
-        batches = ChatBatches(found.train, cfg.train.seq_len, 2, cfg.run.seed, pack=cfg.chat.pack)
-        text = show(batches(0), tokenizer, sys.stdout.isatty())
-        write_text(text)
-
-
-if __name__ == "__main__":
-    from nanoqwen.errors import run_script
-
-    run_script(main)

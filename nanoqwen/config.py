@@ -20,14 +20,118 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from model import ModelConfig, Sampling
-from nanoqwen.chat import ChatConfig
-from nanoqwen.corpus import DataConfig, require
 from nanoqwen.errors import ConfigError
-from nanoqwen.injection.triplets import ContrastConfig
 from nanoqwen.lora import LoraConfig
 from nanoqwen.routing import RoutingConfig, routed_layers
 
 DEFAULT_FILE = Path(__file__).parents[1] / "config.yaml"
+
+
+def require(holds: object, name: str, expected: str, got: object) -> None:
+    """Of a key of a configuration."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def weighted(source: str) -> tuple[str, float | None]:
+    """SOURCE or SOURCE=WEIGHT. A name that itself ends in `=3` takes a weight after it."""
+    name, equals, number = source.rpartition("=")
+    try:
+        return (name, float(number)) if equals else (source, None)
+    except ValueError:
+        return source, None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    tokenizer: str = "auto"
+    train: tuple[str, ...] = ("builtin:python",)
+    val: tuple[str, ...] = ()
+    val_fraction: float = 0.05
+    text_key: str = "text"
+    split: str = "train"
+    streaming: bool = False
+    isolate_documents: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
+    workers: int = 0
+    cache_dir: str = ".cache"
+
+    def __post_init__(self) -> None:
+        weights = [weight for _, weight in map(weighted, self.train)]
+        require(self.train, "train", "at least one source", "none")
+        require(all(name for name, _ in map(weighted, self.train)) and all(self.val), "train", "sources", "''")
+        for source, weight in zip(self.train, weights, strict=True):
+            require(weight is None or 0 < weight < math.inf, "train", "a weight above 0 and finite", source)
+        require(
+            len({weight is None for weight in weights}) < 2, "train", "a weight for each source or none", self.train
+        )
+        require(len(weights) <= 32 or weights[0] is None, "train", "at most 32 weighted sources", len(weights))
+        plain = next((name for name in self.val if weighted(name)[1] is not None), None)
+        require(plain is None, "val", "sources without weights", plain)
+        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
+        require(self.workers >= 0, "workers", "0 (all cores) or more", self.workers)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    train: tuple[str, ...] = ("builtin:docstrings",)
+    val: tuple[str, ...] = ()
+    val_fraction: float = 0.05
+    split: str = "train"
+    on_error: Literal["stop", "skip"] = "stop"
+    limit: int = 0
+    system: str | None = None
+    pack: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.train and all(self.train), "train", "at least one source", self.train)
+        require(all(self.val), "val", "sources", self.val)
+        plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
+        require(plain is None, "train", "sources without weights", plain)
+        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
+        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    train: tuple[str, ...] = ("builtin:injections",)
+    val: tuple[str, ...] = ()
+    val_fraction: float = 0.1
+    split: str = "train"
+    max_bad_rows: int = 0
+    limit: int = 0
+    loss: Literal["infonce", "margin", "linear"] = "infonce"
+    weight: float = 0.1
+    temperature: float = 0.07
+    margin_benign: float = 0.9
+    margin_injection: float = 0.2
+    head_size: int = 256
+    weight_benign: float = 1.0
+    weight_cf: float = 0.5
+    weight_injection: float = 1.0
+    eval_rows: int = 60
+    answer_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        require(self.train and all(self.train), "train", "at least one source", self.train)
+        require(all(self.val), "val", "sources", self.val)
+        plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
+        require(plain is None, "train", "sources without weights", plain)
+        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
+        for name in ("max_bad_rows", "limit"):
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("weight", "weight_benign", "weight_cf", "weight_injection"):
+            require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
+        require(self.weight_benign + self.weight_cf + self.weight_injection > 0, "weight_benign", "a weight above 0", 0)
+        require(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
+        for name in ("margin_benign", "margin_injection"):
+            require(-1 <= getattr(self, name) <= 1, name, "a cosine, -1 to 1", getattr(self, name))
+        for name in ("head_size", "eval_rows", "answer_tokens"):
+            require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+
+    @property
+    def stream_weights(self) -> tuple[float, float, float]:
+        return self.weight_benign, self.weight_cf, self.weight_injection
 
 
 @dataclass(frozen=True)

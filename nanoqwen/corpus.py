@@ -26,12 +26,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from nanoqwen.config import DataConfig, weighted
 from nanoqwen.errors import DataError
 from nanoqwen.files import lock, sync_open, write_atomic
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -45,51 +46,6 @@ JOB = 1 << 19  # characters that a thread tokenises at once
 LEDGER = 1 << 26  # characters between two entries of the ledger, at most this much work is done twice after a kill
 SAMPLE = 8 << 20  # characters that `tokenizer: auto` is trained on
 HEAD = 64 << 20  # characters at the head of a stream in which its validation documents are looked for
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    tokenizer: str = "auto"
-    train: tuple[str, ...] = (BUILTIN,)
-    val: tuple[str, ...] = ()
-    val_fraction: float = 0.05
-    text_key: str = "text"
-    split: str = "train"
-    streaming: bool = False
-    isolate_documents: bool = False
-    on_error: Literal["stop", "skip"] = "stop"
-    workers: int = 0
-    cache_dir: str = ".cache"
-
-    def __post_init__(self) -> None:
-        weights = [weight for _, weight in map(weighted, self.train)]
-        require(self.train, "train", "at least one source", "none")
-        require(all(name for name, _ in map(weighted, self.train)) and all(self.val), "train", "sources", "''")
-        for source, weight in zip(self.train, weights, strict=True):
-            require(weight is None or 0 < weight < math.inf, "train", "a weight above 0 and finite", source)
-        require(
-            len({weight is None for weight in weights}) < 2, "train", "a weight for each source or none", self.train
-        )
-        require(len(weights) <= 32 or weights[0] is None, "train", "at most 32 weighted sources", len(weights))
-        plain = next((name for name in self.val if weighted(name)[1] is not None), None)
-        require(plain is None, "val", "sources without weights", plain)
-        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        require(self.workers >= 0, "workers", "0 (all cores) or more", self.workers)
-
-
-def require(holds: object, name: str, expected: str, got: object) -> None:
-    """Of a key of a configuration."""
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def weighted(source: str) -> tuple[str, float | None]:
-    """SOURCE or SOURCE=WEIGHT. A name that itself ends in `=3` takes a weight after it."""
-    name, equals, number = source.rpartition("=")
-    try:
-        return (name, float(number)) if equals else (source, None)
-    except ValueError:
-        return source, None
 
 
 # --- sources ----------------------------------------------------------------------------------------------------

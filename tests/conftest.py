@@ -16,7 +16,8 @@ import runs
 import torch
 from corpora import VOCAB
 
-from nanoqwen.corpus import DataConfig, Prepared, prepare
+from nanoqwen.config import DataConfig
+from nanoqwen.corpus import Prepared, prepare
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from nanoqwen import corpus
-from nanoqwen.corpus import DataConfig, Prepared, TokenShards
+from nanoqwen.config import DataConfig
+from nanoqwen.corpus import Prepared, TokenShards
 from nanoqwen.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]

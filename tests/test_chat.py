@@ -18,19 +18,11 @@ import tiny
 import torch
 from corpora import ROOT
 
-from data import IGNORE, show
+import finetune
+from data import IGNORE, ChatBatches, chat_windows, show
 from nanoqwen import chat, corpus
-from nanoqwen.chat import (
-    ChatBatches,
-    ChatConfig,
-    ChatData,
-    Example,
-    chat_windows,
-    conversation,
-    fitted,
-    packed,
-    prepare_chat,
-)
+from nanoqwen.chat import ChatData, Example, conversation, fitted, packed, prepare_chat
+from nanoqwen.config import ChatConfig
 from nanoqwen.errors import DataError
 from nanoqwen.tokenizer import BYTES_PATTERN, Tokenizer, load_tokenizer, render_chat
 
@@ -688,18 +680,20 @@ def test_show_tells_the_answer_from_the_question():
     assert "\x1b[32mYo\\x1b<|im_end|>\x1b[0m" in show(batch, BYTES, colour=True)
 
 
-def test_the_program(tmp_path, capsys):
+SHOW = ["--show_data", "--data.tokenizer=bytes", "--seq_len=128", "--batch_tokens=2048"]
+
+
+def test_show_data_counts_what_is_trained_on_and_shows_rows(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [*pairs(40), {"messages": [USER]}])
-    options = [f"--chat.train={path}", "--val_fraction=0.2", "--data.tokenizer=bytes", "--train.seq_len=128"]
-    chat.main([*options, "--train.batch_tokens=2048"])
-    assert f"dropped, no answer: 1 ({path}:41)" in capsys.readouterr().out
-    chat.main(["show", *options, "--train.batch_tokens=2048"])
-    assert "positions are trained" in capsys.readouterr().out
+    assert finetune.main([*SHOW, f"--chat.train={path}", "--chat.val_fraction=0.2"]) == 0
+    said = capsys.readouterr()
+    assert f"dropped, no answer: 1 ({path}:41)" in said.err
+    assert "positions are trained" in said.out
 
 
-def test_the_program_leaves_with_3_and_one_line(tmp_path):
+def test_show_data_leaves_with_3_and_one_line(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"question": "a"}])
-    script = [sys.executable, "-m", "nanoqwen.chat", f"--chat.train={path}", "--data.tokenizer=bytes"]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "finetune.py", *SHOW, f"--chat.train={path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 3
     assert done.stderr == f"error: {path}:1: expected {chat.SHAPES}, got 'question'\n"

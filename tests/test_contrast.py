@@ -25,20 +25,12 @@ from data import micro_batches
 from model import GPT, IGNORE, ModelConfig, generate
 from nanoqwen import evaluate
 from nanoqwen.chat import packed
-from nanoqwen.config import load_config
+from nanoqwen.config import ContrastConfig, load_config
 from nanoqwen.distributed import World
 from nanoqwen.errors import ConfigError, DataError
 from nanoqwen.injection import contrast
 from nanoqwen.injection.contrast import HEAD, ProjectionHead, figures, infonce, linear, load_head, margin, pool
-from nanoqwen.injection.triplets import (
-    ContrastConfig,
-    Tokenised,
-    TripletBatch,
-    TripletBatches,
-    batch_of,
-    tokenised,
-    triplet,
-)
+from nanoqwen.injection.triplets import Tokenised, TripletBatch, TripletBatches, batch_of, tokenised, triplet
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.runfolder import verify
 from nanoqwen.tokenizer import load_tokenizer

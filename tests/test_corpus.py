@@ -19,7 +19,8 @@ from corpora import EOS, ROOT, VOCAB, all_documents, documents, jsonl, texts, to
 
 from data import PretrainBatches
 from nanoqwen import corpus
-from nanoqwen.corpus import DataConfig, Prepared, TokenShards, prepare
+from nanoqwen.config import DataConfig
+from nanoqwen.corpus import Prepared, TokenShards, prepare
 from nanoqwen.errors import DataError, DiskError
 from nanoqwen.tokenizer import load_tokenizer, train_tokenizer
 
@@ -633,7 +634,8 @@ def test_a_local_folder_through_datasets(build, tmp_path, quiet_datasets, suffix
 
 PREPARE = """
 import resource, sys
-from nanoqwen.corpus import DataConfig, prepare
+from nanoqwen.corpus import prepare
+from nanoqwen.config import DataConfig
 found = prepare(DataConfig("bytes", (sys.argv[1],), cache_dir=sys.argv[2]), 4096, progress=False)
 print(len(found.train[0][0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

@@ -19,7 +19,8 @@ from corpora import EOS, ROOT, documents, jsonl, made, split_at_eos, stream_conf
 
 import data
 from data import IGNORE, Mixture, PretrainBatches, StreamBatches, eval_windows, open_batches, shuffled, token_bytes
-from nanoqwen.corpus import DataConfig, prepare
+from nanoqwen.config import DataConfig
+from nanoqwen.corpus import prepare
 from nanoqwen.errors import DataError
 from nanoqwen.tokenizer import load_tokenizer, train_tokenizer
 

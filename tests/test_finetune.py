@@ -14,7 +14,8 @@ import torch
 
 import finetune
 from model import GPT, ModelConfig, generate
-from nanoqwen.chat import ChatConfig, prepare_chat
+from nanoqwen.chat import prepare_chat
+from nanoqwen.config import ChatConfig
 from nanoqwen.errors import ConfigError
 from nanoqwen.runfolder import verify
 from nanoqwen.tokenizer import load_tokenizer, render_chat

@@ -91,7 +91,8 @@ from data import micro_batches
 from nanoqwen.distributed import World
 from nanoqwen.lora import LoraConfig, apply_lora
 from model import GPT, IGNORE, ModelConfig
-from nanoqwen.injection.triplets import ContrastConfig, TripletBatch
+from nanoqwen.injection.triplets import TripletBatch
+from nanoqwen.config import ContrastConfig
 
 ALONE, GROUPS = World(0, 0, 1, torch.device("cpu")), 12
 

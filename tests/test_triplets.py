@@ -18,10 +18,11 @@ import pytest
 import torch
 from corpora import ROOT
 
-import data
+import finetune
 from data import IGNORE
 from nanoqwen.builtin import INJECTIONS, TEST_ROWS, TRAIN_ROWS, triplets
 from nanoqwen.chat import Audit, packed
+from nanoqwen.config import ContrastConfig
 from nanoqwen.errors import DataError
 from nanoqwen.injection.triplets import (
     ALIASES,
@@ -30,7 +31,6 @@ from nanoqwen.injection.triplets import (
     PADDING,
     REQUIRED,
     STREAMS,
-    ContrastConfig,
     Tokenised,
     Triplet,
     TripletBatches,
@@ -403,7 +403,7 @@ def test_length_that_tells_is_a_warning():
 
 def test_rows_that_are_refused_are_not_trained_on(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [*sound(), row(90, answer_cf="other")])
-    with pytest.raises(DataError, match=r"^contrast\.train: 1 reworded requests .* such as .*:41 .*data\.py check"):
+    with pytest.raises(DataError, match=r"^contrast\.train: 1 reworded requests .* such as .*:41 .*--show_data"):
         prepare_triplets(ContrastConfig(train=(path,)), BYTES, 256)
 
 
@@ -421,16 +421,22 @@ def test_area_under_curve_is_that_of_all_pairs():
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def check(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "data.py", "check", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+SHOW = ("--objective=contrast", "--show_data", "--data.tokenizer=bytes", "--seq_len=4096", "--batch_tokens=65536")
+
+
+def check(*files: str) -> subprocess.CompletedProcess[str]:
+    """What the command prints about triplets in front of their rows."""
+    words = [word if word.startswith("--") else f"--contrast.train={word}" for word in files]
+    done = subprocess.run([sys.executable, "finetune.py", *SHOW, *words], cwd=ROOT, capture_output=True, text=True)
+    done.stdout = done.stdout.partition("--- row 0")[0]
+    return done
 
 
 def test_check_leaves_with_0_or_3_and_says_why(tmp_path: Path):
     good = write(tmp_path / "good.jsonl", sound())
     bad = write(tmp_path / "bad.jsonl", [*sound(), row(90, answer_cf="other"), row(91, context="three?"), {}])
     done = check(good)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "verdict    sound"
     done = check(bad, "--contrast.max_bad_rows=1")
     lines = done.stdout.splitlines()
@@ -448,18 +454,18 @@ def test_check_of_what_cannot_be_read_is_one_line(tmp_path: Path):
     assert done.stderr.startswith("error: contrast.train: nowhere.jsonl: no such file or folder")
     assert done.stderr.count("\n") == 1
     with pytest.raises(DataError, match=r"a\.jsonl:2: expected system or "):
-        data.check([write(tmp_path / "a.jsonl", [row(1), {}])])
+        finetune.main([*SHOW, f"--contrast.train={write(tmp_path / 'a.jsonl', [row(1), {}])}"])
 
 
 def test_check_looks_at_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture):
     a, b = write(tmp_path / "a.jsonl", sound()), write(tmp_path / "b.jsonl", sound(start=40))
     both = write(tmp_path / "both.jsonl", [*sound(5, start=100), row(3)])
-    assert data.check([a, b, f"--contrast.val={both}"]) == 3
+    assert finetune.main([*SHOW, f"--contrast.train={a}", f"--contrast.train={b}", f"--contrast.val={both}"]) == 3
     said = capsys.readouterr().out
     assert "rows       86 read, 80 to train on, 6 to validate on" in said
     assert "REFUSED    1 groups are on both sides" in said
     assert f"REFUSED    3 prompts are on both sides of the split, such as {a}:4 and {both}:6" in said
-    assert data.check([a, f"--contrast.val={b}"]) == 0
+    assert finetune.main([*SHOW, f"--contrast.train={a}", f"--contrast.val={b}"]) == 0
     assert "rows       80 read, 40 to train on, 40 to validate on" in capsys.readouterr().out
 
 

@@ -1,7 +1,7 @@
 """Triplets for contrastive fine-tuning: a request, the same reworded, and the same with an injected instruction.
 
-    python data.py check                        the built-in set, counted and validated
-    python data.py check FILE [MORE ...]        rows of one's own; `--contrast.val FILE` checks both sides of a split
+    python finetune.py --objective contrast --show_data                           the built-in set, validated
+    python finetune.py --objective contrast --show_data --contrast.train FILE     rows of one's own
 
 A row of .jsonl (.gz, .zst), .parquet or a Hugging Face data set has these fields, or one of their aliases (ALIASES):
 
@@ -19,12 +19,10 @@ streams (benign, reworded, injected), each a prompt with its answer.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,21 +31,19 @@ from torch import Tensor
 from data import IGNORE, Batch, random_key, shuffled, token_sha
 from nanoqwen.builtin import INJECTIONS, triplets
 from nanoqwen.chat import Audit, Example, packed
+from nanoqwen.config import ContrastConfig, DataConfig
 from nanoqwen.corpus import (
     ROW_FILES,
     BadRow,
-    DataConfig,
     Input,
     RowReader,
     essence,
     expand,
     listed,
     reason,
-    require,
     row_object,
     split_by_hash,
     type_name,
-    weighted,
 )
 from nanoqwen.errors import DataError
 from nanoqwen.tokenizer import Tokenizer, chat_turns
@@ -73,48 +69,6 @@ REQUIRED = ("system", "user", "user_cf", "user_injection", "answer")
 # Other people's names for a context of some prompts. All three have the same one here, or else the model could tell
 # an injected prompt by whether there is any.
 ONE_SIDED = ("benign_context", "context_benign", "context_cf", "injection_context", "context_injection")
-
-
-@dataclass(frozen=True)
-class ContrastConfig:
-    train: tuple[str, ...] = (INJECTIONS,)
-    val: tuple[str, ...] = ()
-    val_fraction: float = 0.1
-    split: str = "train"
-    max_bad_rows: int = 0
-    limit: int = 0
-    loss: Literal["infonce", "margin", "linear"] = "infonce"
-    weight: float = 0.1
-    temperature: float = 0.07
-    margin_benign: float = 0.9
-    margin_injection: float = 0.2
-    head_size: int = 256
-    weight_benign: float = 1.0
-    weight_cf: float = 0.5
-    weight_injection: float = 1.0
-    eval_rows: int = 60
-    answer_tokens: int = 24
-
-    def __post_init__(self) -> None:
-        require(self.train and all(self.train), "train", "at least one source", self.train)
-        require(all(self.val), "val", "sources", self.val)
-        plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
-        require(plain is None, "train", "sources without weights", plain)
-        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        for name in ("max_bad_rows", "limit"):
-            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        for name in ("weight", "weight_benign", "weight_cf", "weight_injection"):
-            require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
-        require(self.weight_benign + self.weight_cf + self.weight_injection > 0, "weight_benign", "a weight above 0", 0)
-        require(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
-        for name in ("margin_benign", "margin_injection"):
-            require(-1 <= getattr(self, name) <= 1, name, "a cosine, -1 to 1", getattr(self, name))
-        for name in ("head_size", "eval_rows", "answer_tokens"):
-            require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-
-    @property
-    def stream_weights(self) -> tuple[float, float, float]:
-        return self.weight_benign, self.weight_cf, self.weight_injection
 
 
 # --- rows to triplets -------------------------------------------------------------------------------------------------
@@ -439,7 +393,7 @@ def prepare_triplets(cfg: ContrastConfig, tokenizer: Tokenizer, seq_len: int) ->
     train, val = split_triplets(cfg, audit)
     for finding in validate(train, val):
         if finding.refused:
-            raise DataError(f"contrast.train: {finding.text} (`python data.py check` lists all)")
+            raise DataError(f"contrast.train: {finding.text} (--show_data lists all)")
         audit.warnings.append(finding.text)
     kept = [_kept(rows, tokenizer, seq_len, audit) for rows in (train, val)]
     audit.train, audit.val = map(len, kept)
@@ -655,7 +609,7 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def check_triplets(cfg: ContrastConfig) -> int:
-    """`python data.py check`: what the rows are, and what is wrong with them. Returns the exit code."""
+    """Print what the rows are, and what is wrong with them; returns the exit code."""
     audit = Audit()
     train, val = split_triplets(cfg, audit)
     kinds = Counter(row.attack.type for row in (*train, *val))
