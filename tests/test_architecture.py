@@ -13,35 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # The reading order: a file imports files to its left only, inside functions too, without exceptions.
-LIBRARY = [
-    "errors",
-    "files",
-    "model",
-    "distributed",
-    "lora",
-    "routing",
-    "config",
-    "tokenizer",
-    "builtin",
-    "corpus",
-    "chat",
-    "data",
-    "hf_format",
-    "weights",
-    "runfolder",
-    "optim",
-    "log",
-    "plan",
-    "evaluate",
-    "harness",
-    "run_reader",
-    "plot",
-    "pages",
-    "report",
-    "gguf",
-]
-WINGS = ["injection.triplets", "injection.contrast", "injection.score", "injection.suite", "share.card", "share.hub"]
-SCRIPTS = ["train", "finetune", "infer", "eval", "bench", "checkpoint"]
+LIBRARY = (
+    "errors files model distributed lora routing config tokenizer builtin corpus chat data hf_format weights runfolder "
+    "optim log plan evaluate harness run_reader plot pages report gguf"
+).split()
+WINGS = "injection.triplets injection.contrast injection.score injection.suite share.card share.hub".split()
+SCRIPTS = "train finetune infer eval bench checkpoint".split()
 AT_ROOT = {"model", "data", *SCRIPTS}
 ORDER = [name if name in AT_ROOT else f"nanoqwen.{name}" for name in (*LIBRARY, *WINGS, *SCRIPTS)]
 MODULES = sorted(
