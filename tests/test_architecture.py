@@ -144,28 +144,6 @@ def test_w02_the_tree_holds_no_secrets():
         assert not SECRETS.search(path.read_text(encoding="utf-8", errors="replace")), path
 
 
-def test_w01_files_that_the_documentation_names_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for name in set(re.findall(r"`([\w/]+\.(?:py|yaml|md|toml|txt))`", text)):
-            assert (ROOT / name).exists(), f"{document} names {name}"
-        targets = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
-        known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        assert targets <= known, f"{document}: {targets - known}"
-
-
-def test_w01_options_that_the_readme_uses_exist():
-    from nanoqwen.config import load_config
-
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for script, options in re.findall(
-        r"^(?:\$ )?python (train|infer|finetune|eval)\.py ?(.*?)(?:\s{2,}#.*)?$", text, re.MULTILINE
-    ):
-        words = re.findall(r"\"[^\"]*\"|'[^']*'|\S+", options)
-        if "--help" not in words:
-            load_config([word.strip("\"'") for word in words], script)
-
-
 def test_k04_every_configuration_key_is_read_somewhere():
     """A key that nothing reads is a promise that nothing keeps."""
     from dataclasses import fields, is_dataclass
