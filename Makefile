@@ -1,4 +1,4 @@
-# Every target makes the environment it needs by itself: on first use, and again when its list of packages changes.
+# Each target first creates the environment that it needs, and updates it when the list of packages changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +27,8 @@ bench: $(VENV)/.user
 	$(BIN)/python bench.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info __pycache__ tests/__pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What the scripts need.
 $(VENV)/.user: constraints.txt pyproject.toml
@@ -35,7 +36,7 @@ $(VENV)/.user: constraints.txt pyproject.toml
 	$(PIP) --editable .
 	touch $@
 
-# And what the tests need beside it.
+# What the tests need in addition.
 $(VENV)/.dev: $(VENV)/.user
 	$(PIP) --editable ".[dev]"
 	touch $@

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A new user's first minutes, in miniature: train, measure, fine-tune, continue a text, export. Leaves nothing behind.
+# The main commands, once each, on a small model: train, sample, evaluate, export, fine-tune, compare. Leaves no files.
 set -eu
 python=${1:-python}
 folder=$(mktemp -d)

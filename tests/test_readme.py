@@ -264,6 +264,15 @@ def test_w01_files_and_make_targets_that_a_document_names_exist(name: str):
     assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+def test_the_map_of_contributing_names_what_is_in_the_files():
+    rows = [row.split("|")[2:4] for row in DOCUMENTS["CONTRIBUTING.md"].splitlines() if row.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for files, place in rows:
+        source = "".join((ROOT / file).read_text(encoding="utf-8") for file in re.findall(r"`([\w/]+\.\w+)`", files))
+        for name in re.findall(r"`(?:\w+\.)*(\w+)`", re.sub(r"`[\w/]+\.(?:py|yaml)`", "", place)):
+            assert re.search(rf"\b{name}\b", source), f"{name} in {files}"
+
+
 def test_w01_options_that_the_documents_use_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "mine.yaml").write_text(MINE)
     monkeypatch.chdir(tmp_path)
