@@ -161,11 +161,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Imports torch once and forks for each line of stdin: most of a short command is that import.
 SERVER = """
-import json, os, runpy, sys
+import json, os, runpy, signal, sys
 import numpy, safetensors.torch, tiktoken, torch, torch.nn.functional, yaml
 for line in sys.stdin:
     output, words = json.loads(line)
     if (child := os.fork()) == 0:
+        signal.alarm(600)  # seconds until a command that hangs is killed
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(os.open("stdin.txt", os.O_RDONLY), 0), os.dup2(file, 1), os.dup2(file, 2)
         sys.stdin = open(0, closefd=False)
@@ -201,16 +202,17 @@ class Shell:
             return code, output.read_text(errors="replace")
         # The targets of make install something; that they exist is another test.
         tools = {"torchrun": [sys.executable, "-m", "torch.distributed.run"], "make": ["make", "-n"]}
-        done = subprocess.run([*tools[tool], *words], cwd=self.home, env=self.env, capture_output=True, text=True)
+        options = {"cwd": self.home, "env": self.env, "capture_output": True, "text": True, "timeout": 600}
+        done = subprocess.run([*tools[tool], *words], **options)
         return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def shell(clone: Path) -> Iterator[Shell]:
     shell = Shell(clone)
-    yield shell
-    shell.server.stdin.close()
-    assert shell.server.wait() == 0
+    with shell.server:
+        yield shell
+    assert shell.server.returncode == 0
 
 
 # What the documents take for given: a base, and an adapter of somebody else's.
