@@ -187,7 +187,7 @@ def test_a_file_is_there_when_it_is_complete_or_not_at_all(folders: dict[str, Pa
 
 def test_the_command_writes_a_file_and_tells_of_nfc(folders: dict[str, Path], tmp_path: Path, capsys):
     checkpoint.main(["gguf", str(folders["llama"]), str(tmp_path / "out.gguf"), "--dtype", "float16"])
-    assert "does not bring text to NFC" in capsys.readouterr().out
+    assert "does not normalise text to NFC" in capsys.readouterr().out
     assert oct((tmp_path / "out.gguf").stat().st_mode & 0o777) == "0o644"
     with pytest.raises((SystemExit, ConfigError)):
         checkpoint.main(["gguf", str(folders["llama"]), str(tmp_path / "x.gguf"), "--dtype", "int4"])

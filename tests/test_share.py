@@ -285,7 +285,7 @@ def test_no_secret_and_no_folder_of_the_user_is_in_a_card(name: str, folders: di
 def test_what_is_public_of_a_text(told: str, shown: str, monkeypatch: pytest.MonkeyPatch):
     for home in ("/", "/srv/people/joe", None):  # whoever exports need not be who trained
         monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME")
-        assert card_module.public(told) == shown
+        assert card_module.redact(told) == shown
 
 
 NASTY = [
@@ -295,25 +295,30 @@ NASTY = [
 
 
 @pytest.mark.parametrize("text", NASTY, ids=repr)
-def test_text_of_a_run_stays_inert(text: str, tmp_path: Path):
+def test_text_of_a_run_stays_inert(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """CommonMark: within a code span nothing acts but a run of backticks of the fence's length."""
-    span = card_module.code(text)
+    span = card_module.code_span(text)
     fence = re.match("`+", span)[0]
     inner = span.removeprefix(fence).removesuffix(fence)
     assert span == fence + inner + fence
     assert not re.search(rf"(?<!`){fence}(?!`)", inner)
     assert inner.strip("` ") or not text.strip("` ")
     assert not set("\n|\x1b\u202e") & set(span)
-    model = tiny.model(vocab_size=300)
-    origin = card_module.Origin({"step": 1, "config": {"data": {"train": [text]}}}, {"command": [text, text]}, [], {})
-    front = card_module._front_matter(text, model, origin, None, apart=False)
-    assert yaml.safe_load(front)["model_name"].strip() == card_module.one_line(card_module.public(text)).strip()
-    assert yaml.safe_load(front).keys() == {"library_name", "pipeline_tag", "model_name", "tags"}
-    card = f"---\n{front}---\n\n{card_module._training(origin, None)}\n"
-    assert huggingface_hub.ModelCard(card).data.license is None
-    outside = re.sub(r"(`+)sh\n.*?\n\1\n", "", card_module._training(origin, None) + "\n", flags=re.DOTALL)
-    assert "\n#" not in outside
-    assert outside.count("\n") <= 4
+    model, run, cards = tiny.model(vocab_size=300), tmp_path / "checkpoints" / "step-00000001", []
+    export(model, None, run)
+    for value in (text, "harmless"):
+        origin = card_module.Origin(
+            {"step": 1, "config": {"data": {"train": [value]}}}, {"command": [value] * 2}, [], {}
+        )
+        monkeypatch.setattr(card_module, "origin_of", lambda _, origin=origin: origin)
+        cards.append(card_module.card(value, run, model, None))
+    front = yaml.safe_load(cards[0].split("\n---\n")[0].removeprefix("---\n"))
+    assert front["model_name"].strip() == card_module.one_line(card_module.redact(text)).strip()
+    assert front.keys() == {"library_name", "pipeline_tag", "model_name", "tags"}
+    assert huggingface_hub.ModelCard(cards[0]).data.license is None
+    outside = [re.sub(r"(`+)(sh|python)\n.*?\n\1\n", "", card, flags=re.DOTALL).splitlines() for card in cards]
+    assert len(outside[0]) == len(outside[1])
+    assert [line for line in outside[0][8:] if line.startswith("#")][1:] == ["## Use", "## Training", "## Lineage"]
 
 
 def test_a_card_for_weights_from_elsewhere_and_for_routed_ones(tmp_path: Path):
@@ -394,7 +399,7 @@ checkpoint.main(sys.argv[1:])
 def test_a_kill_leaves_nothing_under_the_name_asked_for(folders: dict[str, Path], tmp_path: Path):
     outs = {"export": tmp_path / "out", "gguf": tmp_path / "out.gguf"}
     started = [
-        runs.launch(tmp_path / "said", [sys.executable, "-c", KILLED, command, str(folders["base"]), str(out)], HERE)
+        runs.launch(tmp_path / "log", [sys.executable, "-c", KILLED, command, str(folders["base"]), str(out)], HERE)
         for command, out in outs.items()
     ]
     assert [process.wait() for process in started] == [-signal.SIGKILL] * 2
@@ -488,7 +493,7 @@ def test_without_a_network_or_a_token_nothing_happens(the_hub: hub.Hub, folders:
 def test_a_private_upload_does_not_go_to_a_public_repository(the_hub: hub.Hub, folders: dict[str, Path]):
     checkpoint.main(["push", str(folders["base"]), "jane/model"])
     before = the_hub.uploaded
-    with pytest.raises(ConfigError, match="there already, and public"):
+    with pytest.raises(ConfigError, match="exists already, and is public"):
         checkpoint.main(["push", str(folders["chat"]), "jane/model", "--private"])
     assert the_hub.uploaded == before
 
