@@ -90,11 +90,6 @@ def code_span(text: object) -> str:
     return f"{fence} {line} {fence}" if "`" in line or not line.strip() else f"`{line}`"
 
 
-def _code_block(text: str, language: str) -> str:
-    fence = _fence(text, 3)
-    return f"\n\n{fence}{language}\n{text}\n{fence}"
-
-
 def _fence(text: str, shortest: int) -> str:
     """More backticks than stand anywhere in a row in the text."""
     return "`" * max(shortest, 1 + max(map(len, re.findall("`+", text)), default=0))
@@ -102,8 +97,7 @@ def _fence(text: str, shortest: int) -> str:
 
 def _table(*rows: Sequence[str]) -> str:
     """A markdown table; the first row is its header."""
-    lines = [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------
@@ -136,7 +130,11 @@ def card(
         "reports": "\n\n".join(_reports(origin)),
         **_lineage(folder, origin, adapter, bases),
     }
-    return SECRET_TEXT.sub("***", _fill((Path(__file__).with_name("card.md")).read_text(encoding="utf-8"), facts))
+    return SECRET_TEXT.sub("***", _fill(_text("card.md"), facts))
+
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _fill(template: str, facts: dict[str, str]) -> str:
@@ -173,13 +171,11 @@ def _description(model: GPT, adapter: Adapter | None, dtype: torch.dtype | None)
     }
 
 
-# --- how to load it ---------------------------------------------------------------------------------------------------
-
-
 def snippet(model: GPT, tokenizer: Tokenizer | None, *, chat: bool, apart: bool) -> str:
     """Python that loads the folder it lies in, and uses it. Of an adapter alone, peft loads the base that it names."""
-    text = Path(__file__).with_name("snippets.md").read_text(encoding="utf-8")
-    snippets = dict(re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE))
+    snippets = dict(
+        re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)\n```$", _text("snippets.md"), re.DOTALL | re.MULTILINE)
+    )
     if model_type(model) == OWN_TYPE:
         return snippets["own format, text" if tokenizer else "own format, token ids"]
     package, loader = ("peft", "AutoPeftModelForCausalLM") if apart else ("transformers", "AutoModelForCausalLM")
@@ -204,9 +200,6 @@ def _note(model: GPT, tokenizer: Tokenizer | None) -> str:
     return f"{AUTOTOKENIZER_NOTE}." if tokenizer is not None and not auto_reads(model, tokenizer) else ""
 
 
-# --- training and evaluation ------------------------------------------------------------------------------------------
-
-
 def _training(origin: Origin, tokenizer: Tokenizer | None) -> dict[str, str]:
     loop = origin.section("finetune" if origin.base else "train")
     data = "data" if not origin.base else "contrast" if loop.get("objective") == "contrast" else "chat"
@@ -229,7 +222,8 @@ def _command(words: Any) -> str:
     if not isinstance(words, list) or not words:
         return ""
     redacted = [Path(str(words[0])).name, *(one_line(redact(str(word))) for word in words[1:])]
-    return _code_block("python " + shlex.join(redacted), "sh")
+    line = "python " + shlex.join(redacted)
+    return f"\n\n{_fence(line, 3)}sh\n{line}\n{_fence(line, 3)}"
 
 
 def _losses(origin: Origin) -> str:
