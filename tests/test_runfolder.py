@@ -144,12 +144,12 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path, tokenizer: Tokenizer):
         "tiniest": torch.tensor([-0.0, 1e-45]),
     }
     state = trainer_state(3) | {"best": {"step": None, "loss": float("inf")}, "lr": 0.1 + 0.2}
-    folder, found = save(
+    folder, new_digest = save(
         tmp_path / "runs/a", 3, model=gpt, tokenizer=tokenizer, optimizer=optimizer, state=state, keep=1
     )
     assert folder == at(tmp_path / "runs/a", 3)
     assert {path.name for path in folder.iterdir()} == FILES
-    assert verify(folder) == verify(tmp_path / "runs/a") == digest(folder) == found
+    assert verify(folder) == verify(tmp_path / "runs/a") == digest(folder) == new_digest
 
     stored, read_tokenizer = load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(gpt.state_dict().values(), stored.state_dict().values(), strict=True))
@@ -185,8 +185,8 @@ def test_the_digest_tells_what_changed(run: Path, tmp_path: Path, changed: str):
     else:
         state[changed] = 1
     more = {"optimizer": optimizer, "state": state, "keep": 1, "tokenizer": None}
-    _, found = save(tmp_path / "other", 6 if changed == "step" else 5, model=gpt, **more)
-    assert found != digest(at(run, 5))
+    _, new_digest = save(tmp_path / "other", 6 if changed == "step" else 5, model=gpt, **more)
+    assert new_digest != digest(at(run, 5))
 
 
 def test_transformers_loads_the_folder(run: Path):
@@ -204,7 +204,7 @@ def test_transformers_loads_the_folder(run: Path):
 
 def test_a_function_may_write_the_weights(tmp_path: Path):
     weights = {"w": torch.arange(6.0).view(2, 3)}
-    folder, found = save(
+    folder, new_digest = save(
         tmp_path / "run",
         2,
         model=lambda folder: save_file(weights, folder / "adapter_model.safetensors"),
@@ -213,7 +213,7 @@ def test_a_function_may_write_the_weights(tmp_path: Path):
         state={},
         keep=1,
     )
-    assert verify(folder) == found
+    assert verify(folder) == new_digest
     assert load_trainer_state(folder)[0]["w"].tolist() == torch.ones(2, 3).tolist()
 
 
@@ -238,9 +238,9 @@ def test_keep_counts_whole_checkpoints_and_leaves_later_ones_alone(run: Path):
 
 def test_a_damaged_checkpoint_is_written_again(run: Path, tokenizer: Tokenizer):
     (at(run, 10) / "model.safetensors").write_bytes(b"")
-    folder, found = write(run, 10, tokenizer)
+    folder, new_digest = write(run, 10, tokenizer)
     assert steps(run) == [5, 10]
-    assert verify(folder) == found
+    assert verify(folder) == new_digest
 
 
 def test_the_step_decides_not_the_time(run: Path):
@@ -364,13 +364,13 @@ def edit(folder: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [(0, "older version"), (2, "newer version"), (..., "got none"), ("1", "got '1'"), (True, "got True")],
 )
-def test_c6_another_format_stops_even_beside_an_older_checkpoint(run: Path, value: object, said: str):
+def test_c6_another_format_stops_even_beside_an_older_checkpoint(run: Path, value: object, message: str):
     edit(at(run, 10), format=value)
     for check in (verify, load_trainer_state, lambda folder: newest_valid(run)):
-        with pytest.raises(CheckpointError, match=said) as error:
+        with pytest.raises(CheckpointError, match=message) as error:
             check(at(run, 10))
         assert error.value.exit_code == 4
 
@@ -444,7 +444,7 @@ def test_s1_a_pickle_is_never_run(run: Path, tmp_path: Path, name: str, warnings
 
 # --- crashes ----------------------------------------------------------------------------------------------------------
 
-# In a forked child a save is killed, or told that the disk is full, at its k-th file operation, for every k. Python
+# In a forked child a save is killed, or gets the error of a full disk, at its k-th file operation, for every k. Python
 # announces each open, mkdir, rename, remove, chmod and listdir to an audit hook before it happens.
 CRASHES = """
 import os, shutil, signal, sys
@@ -578,8 +578,8 @@ def test_a4_synced_then_renamed_then_synced(originals: Path, tmp_path: Path):
         manifest = max(i for i in range(n) if re.search(rf"fsync\(\d+<{unfinished}/manifest.json>", lines[i]))
         assert any(re.search(rf"fsync\(\d+<{unfinished}>\) += 0", lines[i]) for i in range(manifest, n))
         assert re.search(rf"fsync\(\d+<{run}/checkpoints>\) += 0", " ".join(lines[n + 1 : n + 4]))
-        told = next(i for i in range(n, len(lines)) if f'"CKPT {at(run, step)}' in lines[i])
-        deleted = [i for i in range(n, told) if re.search(r'(rename\(".*"\.?.*/\.del-|unlink)', lines[i])]
+        printed = next(i for i in range(n, len(lines)) if f'"CKPT {at(run, step)}' in lines[i])
+        deleted = [i for i in range(n, printed) if re.search(r'(rename\(".*"\.?.*/\.del-|unlink)', lines[i])]
         assert deleted
         assert min(deleted) > n + 2
     assert steps(run) == [20, 25]
@@ -800,9 +800,9 @@ def hold(run: Path, seconds: float) -> subprocess.Popen[str]:
 
 def test_i1_one_of_two_runs_holds_the_folder(tmp_path: Path):
     both = [hold(tmp_path / "run", 2), hold(tmp_path / "run", 2)]
-    said = sorted(process.communicate(timeout=60)[0] for process in both)
+    printed = sorted(process.communicate(timeout=60)[0] for process in both)
     assert sorted(process.returncode for process in both) == [0, 5]
-    assert said == [f"{tmp_path / 'run'}: busy, another run is writing to this folder\n", "held\n"]
+    assert printed == [f"{tmp_path / 'run'}: busy, another run is writing to this folder\n", "held\n"]
 
 
 def test_i2_a_killed_run_blocks_nobody(tmp_path: Path):
