@@ -1,10 +1,10 @@
-"""Weights in, weights out: compare, export, push, verify.
+"""Weights in, weights out: compare, export, upload, verify.
 
-python checkpoint.py parity SOURCE           loaded by transformers and by us, in fp32; exit 1 if they differ
-python checkpoint.py export SOURCE FOLDER    the folder gets a README.md, which a hub shows as the model's card
-python checkpoint.py push FOLDER OWNER/NAME  what is complete is uploaded in one commit; --dry_run only tells what
-python checkpoint.py gguf SOURCE FILE        one file for llama.cpp
-python checkpoint.py verify SOURCE           the digest of a checkpoint that is whole
+python checkpoint.py parity SOURCE           compare transformers' result with ours, in fp32; exit 1 if they differ
+python checkpoint.py export SOURCE FOLDER    write a folder that transformers loads, with a model card (README.md)
+python checkpoint.py push FOLDER OWNER/NAME  upload an exported folder in one commit; --dry_run only lists the files
+python checkpoint.py gguf SOURCE FILE        write one file for llama.cpp
+python checkpoint.py verify SOURCE           check all files of a checkpoint and print its digest
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from model import generate
+from model import GPT, generate
 from nanoqwen.errors import CheckpointError, ConfigError, run_script
 from nanoqwen.files import disk_errors
 from nanoqwen.gguf import write_gguf
 from nanoqwen.hf_format import OWN_TYPE, model_type
 from nanoqwen.runfolder import verify
 from nanoqwen.share.card import AUTOTOKENIZER_NOTE, auto_reads, card
-from nanoqwen.share.hub import check_repository, parcel, push
+from nanoqwen.share.hub import check_repository, plan_upload, push
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import export, export_adapter, is_adapter, load_model, read_adapter, resolve
 
-_LOGIT_TOLERANCE = 1e-4  # of the largest logit, in fp32
+_LOGIT_TOLERANCE = 1e-4  # as a fraction of the largest logit, in fp32
 _GREEDY_TOKENS = 64
+
+# --- parity -----------------------------------------------------------------------------------------------------------
 
 
 def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
@@ -42,31 +45,17 @@ def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
         raise CheckpointError("parity needs transformers: pip install transformers") from None
     folder = resolve(source)
     if is_adapter(folder):
-        raise CheckpointError(f"{source}: is an adapter: compare what `checkpoint.py export --merge` makes of it")
+        raise CheckpointError(f"{source}: is an adapter: compare the model that `checkpoint.py export --merge` writes")
     ours, tokenizer = load_model(folder, device, torch.float32)
     if model_type(ours) == OWN_TYPE:
         raise CheckpointError(f"{folder}: transformers has no class for this shape, so there is nothing to compare")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     prompt = torch.randint(ours.cfg.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
     new_tokens = min(_GREEDY_TOKENS, ours.cfg.max_position_embeddings - prompt.shape[1])
-    with torch.no_grad():
-        reference = theirs(prompt).logits.float()
-        difference = (ours(prompt).logits - reference).abs().max() / reference.abs().max()
-        expected = theirs.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=new_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-            repetition_penalty=1.0,
-        )
-    greedy = torch.tensor(generate(ours, prompt.tolist(), temperature=0.0, max_new_tokens=new_tokens))
     tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     result = {
-        "logit_difference": float(difference),
-        "greedy_agreement": float((greedy == expected.cpu())[:, prompt.shape[1] :].float().mean()),
+        "logit_difference": _logit_difference(ours, theirs, prompt),
+        "greedy_agreement": _greedy_agreement(ours, theirs, prompt, new_tokens),
         "greedy_tokens": new_tokens,
         "tokenizer_agreement": _tokenizer_agreement(transformers, folder, tokenizer),
         "tied_head": [ours.cfg.tie_word_embeddings, tied],
@@ -82,8 +71,24 @@ def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
     return result
 
 
+@torch.no_grad()
+def _logit_difference(ours: GPT, theirs: nn.Module, prompt: Tensor) -> float:
+    """The largest difference, as a fraction of the largest logit."""
+    reference = theirs(prompt).logits.float()
+    return float((ours(prompt).logits - reference).abs().max() / reference.abs().max())
+
+
+def _greedy_agreement(ours: GPT, theirs: nn.Module, prompt: Tensor, new_tokens: int) -> float:
+    """Fraction of the new tokens that are equal."""
+    greedy = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": 1.0}
+    mask = torch.ones_like(prompt)
+    expected = theirs.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, **greedy).cpu()
+    ids = torch.tensor(generate(ours, prompt.tolist(), temperature=0.0, max_new_tokens=new_tokens))
+    return float((ids == expected)[:, prompt.shape[1] :].float().mean())
+
+
 def _tokenizer_agreement(transformers: Any, folder: Path, tokenizer: Tokenizer | None) -> float | None:
-    """Share of 1,000 random texts that both tokenizers turn into the same ids; None without a tokenizer."""
+    """Fraction of 1,000 random texts that both tokenizers turn into the same ids; None without a tokenizer."""
     if tokenizer is None:
         return None
     reference = transformers.AutoTokenizer.from_pretrained(folder)
@@ -94,7 +99,7 @@ def _tokenizer_agreement(transformers: Any, folder: Path, tokenizer: Tokenizer |
     return sum(equal) / len(equal)
 
 
-def show_parity(source: str, result: dict[str, Any]) -> None:
+def _print_parity(source: str, result: dict[str, Any]) -> None:
     tokenizer = result["tokenizer_agreement"]
     rows = (
         ("largest logit difference / largest logit", f"{result['logit_difference']:.2e}"),
@@ -113,14 +118,9 @@ def show_parity(source: str, result: dict[str, Any]) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def _devices() -> list[str]:
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return [name for name, there in present.items() if there]
-
-
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text, re.IGNORECASE)
-    size = float(found[1]) * 1000 ** "KMG".find(found[2].upper()) * (1000 if found[2] else 1) if found else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text, re.IGNORECASE)
+    size = float(match[1]) * 1000 ** " KMG".find(match[2].upper() or " ") if match else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 5GB, got {text!r}")
     return int(size)
@@ -129,29 +129,32 @@ def _bytes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python checkpoint.py", description="Weights in, weights out.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    compare = commands.add_parser("parity", help="compare a source with transformers; exit 1 if they differ")
-    write = commands.add_parser("export", help="write a folder that transformers loads unchanged, with a card")
-    upload = commands.add_parser("push", help="upload an exported folder to the hub")
-    single = commands.add_parser("gguf", help="write one file for llama.cpp")
-    whole = commands.add_parser("verify", help="print the digest of a checkpoint, or of a run's newest, if it is whole")
-    whole.add_argument("source", help="checkpoint or run folder")
-    for command in (compare, write, single):
+    parity_ = commands.add_parser("parity", help="compare a source with transformers; exit 1 if they differ")
+    export_ = commands.add_parser("export", help="write a folder that transformers loads unchanged, with a card")
+    push_ = commands.add_parser("push", help="upload an exported folder to the hub")
+    gguf_ = commands.add_parser("gguf", help="write one file for llama.cpp")
+    verify_ = commands.add_parser(
+        "verify", help="check all files of a checkpoint, or of a run's newest; print its digest"
+    )
+    verify_.add_argument("source", help="checkpoint or run folder")
+    for command in (parity_, export_, gguf_):
         command.add_argument("source", help="Hugging Face folder, checkpoint, run folder or hub id")
-    compare.add_argument("--device", default="cpu", choices=_devices(), help="default: cpu")
-    write.add_argument("folder", help="a new folder")
-    single.add_argument("file", help="a new file, .gguf")
-    for command in (write, single):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    parity_.add_argument("--device", default="cpu", choices=[d for d in available if available[d]], help="default: cpu")
+    export_.add_argument("folder", help="a new folder")
+    gguf_.add_argument("file", help="a new file, .gguf")
+    for command in (export_, gguf_):
         command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    write.add_argument("--merge", action="store_true", help="an adapter: write the model that it makes of its base")
-    write.add_argument("--base", metavar="OWNER/NAME", help="an adapter: the id of its base on the hub")
-    write.add_argument("--hf", action="store_true", help="an error unless transformers has a class for the model")
-    write.add_argument("--shard_size", type=_bytes, metavar="SIZE", help="of a file of weights at most; default: 5GB")
-    upload.add_argument("folder", help="an exported folder")
-    upload.add_argument("repository", metavar="OWNER/NAME", help="on the hub; it is made if it is missing")
-    upload.add_argument("--private", action="store_true", help="make a repository that others do not see")
-    upload.add_argument("--revision", metavar="BRANCH", help="default: main")
-    upload.add_argument("--message", metavar="TEXT", help="of the commit")
-    upload.add_argument("--dry_run", action="store_true", help="say what would go; no request is made")
+    export_.add_argument("--merge", action="store_true", help="an adapter: merge it into its base, write the model")
+    export_.add_argument("--base", metavar="OWNER/NAME", help="an adapter: the id of its base on the hub")
+    export_.add_argument("--hf", action="store_true", help="an error unless transformers has a class for the model")
+    export_.add_argument("--shard_size", type=_bytes, metavar="SIZE", help="largest file of weights; default: 5GB")
+    push_.add_argument("folder", help="an exported folder")
+    push_.add_argument("repository", metavar="OWNER/NAME", help="on the hub; created if it does not exist")
+    push_.add_argument("--private", action="store_true", help="create a private repository")
+    push_.add_argument("--revision", metavar="BRANCH", help="default: main")
+    push_.add_argument("--message", metavar="TEXT", help="of the commit")
+    push_.add_argument("--dry_run", action="store_true", help="list the files; no request is made")
     return parser
 
 
@@ -162,29 +165,30 @@ def main(argv: list[str]) -> int:
         print(verify(Path(args.source)))
     elif args.command == "parity":
         result = parity(args.source, args.device)
-        show_parity(args.source, result)
+        _print_parity(args.source, result)
         return 0 if result["equal"] else 1
     elif args.command == "export":
         with disk_errors(Path(args.folder)):
-            print(_export(args, dtype))
+            _export(args, dtype)
     elif args.command == "gguf":
         with disk_errors(Path(args.file)):
             tokenizer = write_gguf(args.source, args.file, dtype)
         print(f"wrote {args.file}: llama-cli -m {shlex.quote(args.file)} loads it")
         if tokenizer.nfc:
-            print("note: llama.cpp does not bring text to NFC, as this tokenizer does; other text gets other ids there")
+            print(
+                "note: llama.cpp does not normalise text to NFC, as this tokenizer does; ids differ where that matters"
+            )
     elif args.dry_run:
         check_repository(args.repository)
-        where = f"{args.repository}{f' at {args.revision}' if args.revision else ''}{', private' * args.private}"
-        print(f"would go to {where}:\n{parcel(Path(args.folder))}")
+        target = f"{args.repository}{f' at {args.revision}' if args.revision else ''}{', private' * args.private}"
+        print(f"would upload to {target}:\n{plan_upload(Path(args.folder))}")
     else:
-        how = {"private": args.private, "revision": args.revision, "message": args.message}
-        print(f"shared: {push(args.folder, args.repository, **how)}")
+        options = {"private": args.private, "revision": args.revision, "message": args.message}
+        print(f"uploaded: {push(args.folder, args.repository, **options)}")
     return 0
 
 
-def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
-    """Write what is asked for; returns what to tell the person."""
+def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
     source, name = args.source, Path(args.folder).name
     folder = resolve(source)
     adapter = read_adapter(folder) if is_adapter(folder) else None
@@ -192,15 +196,14 @@ def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
         if getattr(args, option) and not adapter:
             raise ConfigError(f"--{option}: expected an adapter as the source, {source} is a whole model")
     if adapter and not args.merge:
-        apart = adapter._replace(base=args.base or adapter.base)
-        export_adapter(
-            source,
-            args.folder,
-            dtype,
-            base=args.base,
-            describe=lambda model, tokenizer: card(name, source, model, tokenizer, dtype, apart, apart=True),
-        )
-        return f"wrote {args.folder}: PeftModel.from_pretrained(base, {args.folder!r}) loads it"
+        adapter = adapter._replace(base=args.base or adapter.base)
+
+        def describe(model: GPT, tokenizer: Tokenizer | None) -> str:
+            return card(name, source, model, tokenizer, dtype, adapter, apart=True)
+
+        export_adapter(source, args.folder, dtype, base=args.base, describe=describe)
+        print(f"wrote {args.folder}: PeftModel.from_pretrained(base, {args.folder!r}) loads it")
+        return
     model, tokenizer = load_model(source)
     own = model_type(model) == OWN_TYPE
     if args.hf and own:
@@ -210,12 +213,12 @@ def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> str:
         raise ConfigError(f"--hf: {source} cannot be a Hugging Face model: {reason}")
     text = card(name, source, model, tokenizer, dtype, adapter)
     export(model, tokenizer, args.folder, dtype, shard_bytes=args.shard_size, card=text)
-    loads = f"AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it"
     if own:
-        loads = "transformers has no class for this shape; load_model loads it"
-    elif tokenizer is not None and not auto_reads(model, tokenizer):
-        loads += "\n" + AUTOTOKENIZER_NOTE
-    return f"wrote {args.folder}: {loads}"
+        print(f"wrote {args.folder}: transformers has no class for this shape; load_model loads it")
+    else:
+        print(f"wrote {args.folder}: AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it")
+        if tokenizer is not None and not auto_reads(model, tokenizer):
+            print(f"note: {AUTOTOKENIZER_NOTE}")
 
 
 if __name__ == "__main__":

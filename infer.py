@@ -81,7 +81,7 @@ class Session:
         dtype, reason = pick_dtype(cfg.run.dtype, device)
         source = self.infer.ckpt or newest_run()
         started = time.perf_counter()
-        self.model, tokenizer = load_model(source, device, dtype, allow_mismatch=self.infer.allow_mismatch, warn=say)
+        self.model, tokenizer = load_model(source, device, dtype, allow_mismatch=self.infer.allow_mismatch)
         if tokenizer is None:
             raise CheckpointError(f"{source}: no tokenizer.json in the folder")
         self.tokenizer: Tokenizer = tokenizer

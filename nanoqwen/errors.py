@@ -1,12 +1,12 @@
-"""Exit codes, the errors that carry them, and how to talk to a terminal.
+"""Exit codes, the errors that carry them, and how text is printed on a terminal.
 
     0  done                      5  run folder busy      75  stopped by a signal and saved
     1  a defect of the program   6  disk                130  interrupted: 128 + SIGINT
-    2  configuration             7  not finite          141  the reader has left: 128 + SIGPIPE
+    2  configuration             7  not finite          141  output closed: 128 + SIGPIPE
     3  data                      8  out of memory
     4  no usable checkpoint
 
-What the user can mend is one line on stderr; only a defect shows a traceback.
+An error that the user can fix is one line on stderr; only a defect shows a traceback.
 """
 
 from __future__ import annotations
@@ -24,30 +24,25 @@ from tqdm import tqdm
 DEFECT, OUT_OF_MEMORY, PREEMPTED, INTERRUPTED, NO_READER = 1, 8, 75, 130, 141
 
 
-# --- words for a terminal ---------------------------------------------------------------------------------------------
+# --- text for a terminal ----------------------------------------------------------------------------------------------
 
-# C0 but tab and newline, DEL, C1, and the marks that turn the direction of writing.
-_UNSAFE = (set(range(0xA0)) - set(range(0x20, 0x7F)) - {0x09, 0x0A}) | {
-    *(0x061C, 0x200E, 0x200F),
-    *range(0x202A, 0x202F),
-    *range(0x2066, 0x206A),
-}
-_ESCAPES = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNSAFE}
+# C0 but tab and newline, DEL, C1, and the marks that change the direction of writing.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def escape_terminal(text: str) -> str:
-    """`text` with what could steer a terminal spelled out."""
-    return text.translate(_ESCAPES)
+    """`text` with everything that could control a terminal spelled out."""
+    return _UNSAFE.sub(lambda char: f"\\x{ord(char[0]):02x}" if char[0] < "\xff" else f"\\u{ord(char[0]):04x}", text)
 
 
 def one_line(text: str) -> str:
-    """Text on one line, its control and other unprintable characters escaped: a terminal would obey them."""
+    """Text on one line, with its control and other unprintable characters escaped."""
     line = " ".join(text.splitlines())
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def say(text: str) -> None:
-    """A line for the person, from the main rank alone, on stderr, above the progress bar if there is one."""
+    """Print a line on stderr, above the progress bar if there is one; on the main rank only."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(escape_terminal(text), file=sys.stderr)
         sys.stderr.flush()
@@ -61,7 +56,7 @@ def warn(text: str) -> None:
 
 
 class UserError(Exception):
-    """What the user can mend, in one line: what, where, expected, got."""
+    """An error that the user can fix, in one line: what, where, expected, got."""
 
     exit_code = DEFECT
 
@@ -74,7 +69,7 @@ class ConfigError(UserError):
 
 
 class WorldError(UserError):
-    """Ranks and devices that do not go together."""
+    """Ranks and devices that do not fit together."""
 
     exit_code = 2
 
@@ -94,7 +89,7 @@ class CheckpointError(UserError):
 
 
 class FormatError(CheckpointError):
-    """Whole, but written by another version: an older checkpoint is no answer to that."""
+    """A complete checkpoint of another version of the program; falling back to an older one would be wrong."""
 
 
 class ResumeError(CheckpointError):
@@ -102,7 +97,7 @@ class ResumeError(CheckpointError):
 
 
 class NoRunError(CheckpointError):
-    """A folder that is not of a run."""
+    """Not a run folder."""
 
 
 class BusyError(UserError):
@@ -122,7 +117,7 @@ class Preempted(UserError):
 
 
 def exit_code_of(error: BaseException) -> int:
-    """What a script leaves with after an error; DEFECT is one of the program itself, which deserves its traceback."""
+    """The exit code of a script after an error; DEFECT means a bug of the program, which shows its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if is_out_of_memory(error):
@@ -135,7 +130,7 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On any device: torch has one class for CUDA and plain RuntimeErrors for the others."""
+    """On any device: torch raises a class of its own for CUDA and plain RuntimeErrors elsewhere."""
     if isinstance(error, RuntimeError):
         return bool(re.search(r"out of memory|can't allocate memory|not enough memory", str(error)))
     return isinstance(error, MemoryError)
@@ -145,11 +140,11 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run `main` on the command line and leave with its exit code."""
     try:
         code = main(sys.argv[1:]) or 0
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done; the code shall say so to whoever asks to stop now
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: a stop now must not change the exit code
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader has left (`| head`); the last flush of the interpreter must find a file
+    except BrokenPipeError:  # `| head` has exited; the interpreter still flushes stdout at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = NO_READER
     except Exception as error:

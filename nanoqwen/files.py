@@ -1,4 +1,4 @@
-"""Files that are whole or not there: JSON, atomic writes, durable folders, locks, hashes."""
+"""Files that are complete or absent: JSON, locks, atomic writes, hashes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,15 +19,14 @@ from safetensors import SafetensorError
 from nanoqwen.errors import BusyError, CheckpointError, DiskError, UserError
 
 FOLDER_MODE, FILE_MODE = 0o755, 0o644  # less what the umask takes
-READ_BYTES = 2**20
-TEMPORARY = ".tmp-"  # unfinished
+TEMPORARY = ".tmp-"  # prefix of what is still being written
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, error: type[UserError] = CheckpointError) -> dict[str, Any]:
-    """The object of a file; what is missing, torn or another value is an error of this kind."""
+    """The JSON object in a file; an `error` if it is missing, damaged or holds another value."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -40,7 +39,7 @@ def read_json(path: Path, error: type[UserError] = CheckpointError) -> dict[str,
 
 
 def read_json_if_any(path: Path) -> dict[str, Any]:
-    """The object of a file; empty where there is none that is legible."""
+    """The JSON object in a file; empty if it is missing or damaged."""
     try:
         return read_json(path)
     except CheckpointError:
@@ -51,30 +50,30 @@ def json_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-# --- one at a time ----------------------------------------------------------------------------------------------------
+# --- locks ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def lock(file: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends.
+    """Hold a lock file; the system releases it when the process ends, however it ends.
 
-    busy: what to say where another process holds it; None: wait for it
+    busy: message of the BusyError if another process holds it; None: wait for it
     """
     with disk_errors(file.parent):
         make_folder(file.parent)
-        held = [os.open(file, os.O_RDWR | os.O_CREAT, FILE_MODE)]
+        descriptors = [os.open(file, os.O_RDWR | os.O_CREAT, FILE_MODE)]
     # A forked worker would hold the lock as well, and could outlive us.
-    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
+    os.register_at_fork(after_in_child=lambda: descriptors and os.close(descriptors.pop()))
     try:
         with disk_errors(file):
             try:
-                fcntl.flock(held[0], fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+                fcntl.flock(descriptors[0], fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
                 raise BusyError(busy) from None
         yield
     finally:
-        if held:
-            os.close(held.pop())
+        if descriptors:
+            os.close(descriptors.pop())
 
 
 # --- durable files ----------------------------------------------------------------------------------------------------
@@ -82,49 +81,81 @@ def lock(file: Path, busy: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """What the disk refuses, as one line; libraries turn a full disk into exceptions of their own kinds."""
+    """Turn errors of the disk into a DiskError of one line; libraries raise exceptions of their own for a full disk.
+
+    needed: bytes that are about to be written
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
-        said = re.search(r"[^:(]*(?=\(os error \d+\))|No space left on device|Disk quota exceeded", str(error))
-        if not isinstance(error, OSError) and not said:
+        message = re.search(r"[^:(]*(?=\(os error \d+\))|No space left on device|Disk quota exceeded", str(error))
+        if not isinstance(error, OSError) and not message:
             raise
-        reason = error.strerror or str(error) if isinstance(error, OSError) else said[0].strip()
-        exists = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        free = f"free are {shutil.disk_usage(exists).free:,} bytes"
-        raise DiskError(
-            f"{path}: {reason}; needed {needed:,} bytes, {free}" if needed else f"{path}: {reason}"
-        ) from error
+        reason = error.strerror or str(error) if isinstance(error, OSError) else message[0].strip()
+        if needed:
+            reason += f"; needed {needed:,} bytes, free are {shutil.disk_usage(existing_parent(path)).free:,} bytes"
+        raise DiskError(f"{path}: {reason}") from error
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` for a file or a folder: renamed to `path` after the block, deleted if it fails."""
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which then becomes `folder`, readable for all; a CheckpointError if that exists."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: expected a new or empty folder")
+    with complete_or_absent(folder) as temporary:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(0o700)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
+        yield temporary
+        temporary.chmod(FOLDER_MODE)
+        for file in temporary.iterdir():
+            file.chmod(FILE_MODE)  # safetensors' files are private
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """The old contents or the new ones, whatever happens in between."""
-    unfinished = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    """A reader sees the old contents or the new ones, even after a crash."""
     with disk_errors(path, len(data)):
-        try:
-            write_new(unfinished, data)
-            os.rename(unfinished, path)
-            sync(path.parent)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+        with complete_or_absent(path) as temporary:
+            write_new(temporary, data)
+        sync(path.parent)
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """A new file, durable."""
+    """Write a file that does not exist yet, and wait until it is on the disk."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
         file.write(data)
         sync_open(file)
 
 
 def sync_open(file: BinaryIO) -> None:
-    """Wait until what was written to an open file is on the disk."""
+    """Wait until the contents of an open file are on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -133,18 +164,14 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    if not path.is_dir():
-        make_folder(path.parent)
-        try:
-            path.mkdir(FOLDER_MODE)
-        except FileExistsError:  # made by another process meanwhile; a file of that name is an error
-            if not path.is_dir():
-                raise
+    """With its parents, which mkdir(parents=True) would let everybody write to where the umask is 0."""
+    for folder in (*reversed(path.parents), path):
+        folder.mkdir(FOLDER_MODE, exist_ok=True)
 
 
 def sha256_of(path: Path) -> str:
     sha = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
+        while chunk := file.read(2**20):
             sha.update(chunk)
     return sha.hexdigest()

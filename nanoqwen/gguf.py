@@ -1,14 +1,12 @@
-"""One GGUF file for llama.cpp: weights, shape, tokenizer and chat template, as its converter would name them.
+"""One GGUF file for llama.cpp: weights, shape, tokenizer and chat template, under the names of its converter.
 
-What the format cannot say, or llama.cpp would compute otherwise, is refused: a file that loads and writes other text
-would be worse than none. Matrices are in the dtype asked for, vectors in fp32, as llama.cpp wants them.
+A model that the format cannot hold, or that llama.cpp would compute differently, is refused: a file that loads but
+generates other text would be worse than none. Matrices have the requested dtype, vectors fp32, as llama.cpp expects.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from model import GPT, ModelConfig, RopeScaling, rope_frequencies
 from nanoqwen.errors import CheckpointError
+from nanoqwen.files import complete_or_absent, read_json
 from nanoqwen.hf_format import model_type
 from nanoqwen.tokenizer import GPT2_PATTERN, IM_END, QWEN2_PATTERN, Tokenizer
 from nanoqwen.weights import load_model
@@ -25,12 +24,12 @@ from nanoqwen.weights import load_model
 # llama.cpp knows split patterns by name and implements each by hand. The third is Llama 3's tokenizer.json.
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
 PRE_TOKENIZERS = {QWEN2_PATTERN: "qwen2", GPT2_PATTERN: "gpt-2", LLAMA3_PATTERN: "llama-bpe"}
-TAKES_WHOLE_PIECES = "llama-bpe"  # the one that takes a piece that is a token as it is, whatever the merges say
+TAKES_WHOLE_PIECES = "llama-bpe"  # if a whole piece is a token, it takes that token, whatever the merges say
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
 
 
 def write_gguf(source: str | Path, file: str | Path, dtype: torch.dtype | None = None) -> Tokenizer:
-    """Write a new file, all or nothing; returns the tokenizer in it. dtype None: as stored."""
+    """Write a new file, complete or not at all; returns its tokenizer. dtype None: as stored."""
     try:
         import gguf
     except ImportError:
@@ -39,54 +38,42 @@ def write_gguf(source: str | Path, file: str | Path, dtype: torch.dtype | None =
     if file.exists() or not file.parent.is_dir():
         raise CheckpointError(f"{file}: expected a new file in a folder that exists")
     model, tokenizer = load_model(source, dtype=dtype)
-    kind = _checked(source, model, tokenizer)
-    unfinished = file.with_name(f".tmp-{secrets.token_hex(8)}")
-    writer = gguf.GGUFWriter(unfinished, kind)
-    try:
+    if reason := _why_not(model, tokenizer):
+        raise CheckpointError(f"{source}: cannot be a GGUF file: {reason}")
+    cfg, kind = model.cfg, model_type(model)
+    with complete_or_absent(file) as temporary, closing(gguf.GGUFWriter(temporary, kind)) as writer:
         _add_shape(writer, gguf, model)
-        _add_tokenizer(writer, tokenizer, model.cfg.vocab_size)
-        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), model.cfg.num_hidden_layers)
+        _add_tokenizer(writer, tokenizer, cfg.vocab_size)
+        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), cfg.num_hidden_layers)
         for name, tensor in model.state_dict().items():
-            _add_tensor(
-                writer, gguf, names.get_name(name, (".weight", ".bias")), _turned(kind, model.cfg, name, tensor)
-            )
-        if model.cfg.rope_scaling is not None and model.cfg.rope_scaling.rope_type == "llama3":
-            _add_tensor(writer, gguf, "rope_freqs.weight", _frequency_divisors(model.cfg))
+            if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+                tensor = _interleave_rotary_pairs(tensor, cfg.head_size)
+            _add_tensor(writer, gguf, names.get_name(name, (".weight", ".bias")), tensor)
+        if cfg.rope_scaling is not None and cfg.rope_scaling.rope_type == "llama3":
+            _add_tensor(writer, gguf, "rope_freqs.weight", _frequency_divisors(cfg))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        os.rename(unfinished, file)
-    except BaseException:
-        writer.close()
-        unfinished.unlink(missing_ok=True)
-        raise
     return tokenizer
 
 
-def _checked(source: str | Path, model: GPT, tokenizer: Tokenizer | None) -> str:
-    """The architecture's name in GGUF; a CheckpointError where the file would be another model."""
-    cfg, kind, reason = model.cfg, model_type(model), None
-    scaling = cfg.rope_scaling
+def _why_not(model: GPT, tokenizer: Tokenizer | None) -> str | None:
+    """Why the file would be another model in llama.cpp; None if it would not."""
+    cfg, kind, scaling = model.cfg, model_type(model), model.cfg.rope_scaling
     if model.routing:
-        reason = "llama.cpp would compute all tokens in its routed layers, which is another model"
-    elif kind not in ("qwen2", "qwen3", "llama") or cfg.bias:
-        reason = "expected the shape of Qwen2, Qwen3 or Llama without biases"
-    elif tokenizer is None:
-        reason = "expected a tokenizer.json in the folder"
-    elif scaling and scaling != RopeScaling(
-        scaling.rope_type, scaling.factor, scaling.original_max_position_embeddings, *_llama3_borders(scaling)
-    ):
-        reason = "rope_scaling has settings that the file cannot hold: expected yarn as published"
-    elif scaling and (scaling.rope_type == "dynamic" or (scaling.rope_type == "llama3" and kind != "llama")):
-        reason = f"llama.cpp has no {scaling.rope_type} rope scaling for {kind}"
-    if reason is not None:
-        raise CheckpointError(f"{source}: cannot be a GGUF file: {reason}")
-    return kind
-
-
-def _llama3_borders(scaling: RopeScaling) -> tuple[float, float]:
-    return scaling.low_freq_factor, scaling.high_freq_factor
+        return "llama.cpp would compute all tokens in its routed layers, which is another model"
+    if kind not in ("qwen2", "qwen3", "llama") or cfg.bias:
+        return "expected the shape of Qwen2, Qwen3 or Llama without biases"
+    if tokenizer is None:
+        return "expected a tokenizer.json in the folder"
+    if scaling is None:
+        return None
+    stored = {"rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
+    if scaling != RopeScaling(**{name: getattr(scaling, name) for name in stored}):
+        return "rope_scaling has settings that the file cannot hold: expected yarn as published"
+    if scaling.rope_type == "dynamic" or (scaling.rope_type == "llama3" and kind != "llama"):
+        return f"llama.cpp has no {scaling.rope_type} rope scaling for {kind}"
+    return None
 
 
 def _add_shape(writer: Any, gguf: Any, model: GPT) -> None:
@@ -112,18 +99,18 @@ def _add_shape(writer: Any, gguf: Any, model: GPT) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
-    """`size`: rows of the embedding, which may have more than there are tokens."""
+    """`size`: rows of the embedding; the rows beyond the vocabulary become padding tokens."""
     with TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        spec = json.loads((Path(folder) / "tokenizer.json").read_bytes())["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["merges"]]
+        bpe = read_json(Path(folder) / "tokenizer.json")["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     texts, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
-    for text, token_id in spec["vocab"].items():
+    for text, token_id in bpe["vocab"].items():
         texts[token_id], types[token_id] = text, NORMAL
     for text, token_id in tokenizer.special.items():
         texts[token_id], types[token_id] = text, CONTROL if token_id in tokenizer.hidden else USER_DEFINED
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
-    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer, spec, merges))
+    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer, bpe["vocab"], merges))
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
@@ -138,27 +125,26 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _pre_tokenizer(tokenizer: Tokenizer, spec: dict[str, Any], merges: list[str]) -> str:
-    """llama.cpp's name for what comes before BPE; refused where its ids would be others than ours."""
-    made, reason = {merge.replace(" ", "") for merge in merges}, None
-    longer = [text for text in spec["vocab"] if len(text) > 1 and text not in tokenizer.special]
-    name = PRE_TOKENIZERS.get(tokenizer.pattern) if longer else "gpt-2"  # bytes stay bytes wherever a text is cut
+def _pre_tokenizer(tokenizer: Tokenizer, vocab: dict[str, int], merges: list[str]) -> str:
+    """llama.cpp's name for the split before BPE; an error where its ids would differ from ours."""
+    merged = {merge.replace(" ", "") for merge in merges}
+    longer = [text for text in vocab if len(text) > 1 and text not in tokenizer.special]
+    name = PRE_TOKENIZERS.get(tokenizer.pattern) if longer else "gpt-2"  # without merges the split does not matter
+    unreachable = [text for text in longer if text not in merged] if name != TAKES_WHOLE_PIECES else []
     if name is None:
         reason = f"its split pattern is none that llama.cpp has: {tokenizer.pattern!r}"
-    elif name != TAKES_WHOLE_PIECES and (stuck := [text for text in longer if text not in made]):
-        reason = f"{len(stuck)} tokens are made by no merge, among them {stuck[0]!r}"
+    elif unreachable:
+        reason = f"{len(unreachable)} tokens are made by no merge, among them {unreachable[0]!r}"
     elif tokenizer.prefix not in ((), (tokenizer.bos_id,)):
         reason = f"expected nothing or its first token in front of a text, got the ids {tokenizer.prefix}"
-    if reason is not None:
-        raise CheckpointError(f'tokenizer "{tokenizer.name}": cannot be in a GGUF file: {reason}')
-    return name
+    else:
+        return name
+    raise CheckpointError(f'tokenizer "{tokenizer.name}": cannot be in a GGUF file: {reason}')
 
 
-def _turned(kind: str, cfg: ModelConfig, name: str, tensor: Tensor) -> Tensor:
-    """For arch llama the pairs that a rotary angle turns lie side by side; here they are half a head apart."""
-    if kind != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
-        return tensor
-    return tensor.unflatten(0, (-1, 2, cfg.head_size // 2)).transpose(1, 2).flatten(0, 2)
+def _interleave_rotary_pairs(tensor: Tensor, head_size: int) -> Tensor:
+    """For arch llama the two rows of a rotary pair are neighbours; here they are half a head apart."""
+    return tensor.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _frequency_divisors(cfg: ModelConfig) -> Tensor:

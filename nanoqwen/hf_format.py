@@ -1,6 +1,6 @@
-"""Published formats: the config.json of a model and the names of its tensors, theirs to ours and back.
+"""Hugging Face's formats: config.json and the names of tensors, converted to ours and back.
 
-No file is read or written here: checkpoint.py does that.
+No file is read or written here: weights.py does that.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ OWN_TYPE = "nanoqwen"  # model_type of shapes that transformers has no class for
 
 # --- config.json ------------------------------------------------------------------------------------------------------
 
-# Fields that have the same name and meaning in the config.json of Qwen2, Qwen3 and Llama.
+# Fields with the same name and meaning in the config.json of Qwen2, Qwen3 and Llama.
 _SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings rms_norm_eps tie_word_embeddings"
+).split()
+_GPT2_FIELDS = {  # their name: ours
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
 _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
-# What transformers assumes where a config.json is silent, per model type; only what our fields read.
+# Defaults of transformers for keys that a config.json may leave out, by model type; only for our fields.
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     "qwen3": {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "head_dim": 128},
@@ -49,7 +52,7 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """A ModelConfig from the contents of a config.json; a shape that we would compute differently is refused."""
+    """A ModelConfig from the contents of a config.json; an error for a model that we would compute differently."""
     kind = hf.get("model_type")
     try:
         if kind == OWN_TYPE:
@@ -74,7 +77,7 @@ def _own_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def routing_from_hf(hf: dict[str, Any]) -> RoutingConfig | None:
-    """How the layers of a config.json are routed; None: not at all."""
+    """The routing in a config.json; None: the model is dense."""
     values = hf.get("routing")
     if values is None:
         return None
@@ -90,7 +93,7 @@ def model_type(model: GPT) -> str:
 
 
 def expect(hf: dict[str, Any], **expected: Any) -> None:
-    """Refuse settings that would change the arithmetic in ways we do not compute. Absent or null means the default."""
+    """Refuse settings that change the computation in a way we do not implement. Absent or null means the default."""
     for key, value in expected.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if hf.get(key) is not None and hf[key] not in allowed:
@@ -107,7 +110,7 @@ def _config_from_llama_family(kind: str, hf: dict[str, Any]) -> ModelConfig:
     theta, scaling = _rope_from_hf(hf)
     head_dim = hf.get("head_dim")
     if head_dim and head_dim * hf["num_attention_heads"] == hf["hidden_size"]:
-        head_dim = None  # said twice
+        head_dim = None  # redundant
     return ModelConfig(
         **{name: hf[name] for name in _SHARED_FIELDS if name != "num_key_value_heads"},
         num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
@@ -140,16 +143,11 @@ def _config_from_gpt2(hf: dict[str, Any]) -> ModelConfig:
         scale_attn_by_inverse_layer_idx=False,
         add_cross_attention=False,
     )
+    values = {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, **hf}
+    values["n_inner"] = hf.get("n_inner") or 4 * hf["n_embd"]
     return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["n_embd"],
-        intermediate_size=hf.get("n_inner") or 4 * hf["n_embd"],
-        num_hidden_layers=hf["n_layer"],
-        num_attention_heads=hf["n_head"],
+        **{ours: values[theirs] for theirs, ours in _GPT2_FIELDS.items()},
         num_key_value_heads=hf["n_head"],
-        max_position_embeddings=hf["n_positions"],
-        rms_norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tie_word_embeddings=hf.get("tie_word_embeddings", True),
         norm="layernorm",
         mlp="gelu",
         positions="learned",
@@ -158,7 +156,7 @@ def _config_from_gpt2(hf: dict[str, Any]) -> ModelConfig:
 
 
 def hf_model_type(cfg: ModelConfig) -> str:
-    """The model type of transformers that computes exactly this shape, or our own where there is none."""
+    """The model type of transformers that computes exactly this shape; OWN_TYPE if there is none."""
     style = (cfg.norm, cfg.mlp, cfg.positions)
     if cfg.j_branch:
         return OWN_TYPE
@@ -184,17 +182,8 @@ def config_to_hf(cfg: ModelConfig, dtype: torch.dtype, routing: RoutingConfig | 
         return {"model_type": kind, "torch_dtype": name, **asdict(cfg), **routed}
     common = {"architectures": [_ARCHITECTURES[kind]], "model_type": kind, "torch_dtype": name}
     if kind == "gpt2":
-        return common | {
-            "vocab_size": cfg.vocab_size,
-            "n_embd": cfg.hidden_size,
-            "n_inner": cfg.intermediate_size,
-            "n_layer": cfg.num_hidden_layers,
-            "n_head": cfg.num_attention_heads,
-            "n_positions": cfg.max_position_embeddings,
-            "layer_norm_epsilon": cfg.rms_norm_eps,
-            "tie_word_embeddings": cfg.tie_word_embeddings,
-            "activation_function": "gelu_new",
-        }
+        names = {theirs: getattr(cfg, ours) for theirs, ours in _GPT2_FIELDS.items()}
+        return common | names | {"activation_function": "gelu_new"}
     scaling = {k: v for k, v in asdict(cfg.rope_scaling).items() if v is not None} if cfg.rope_scaling else None
     hf = common | {name: getattr(cfg, name) for name in _SHARED_FIELDS}
     hf |= {"head_dim": cfg.head_size, "rope_theta": cfg.rope_theta, "rope_scaling": scaling, "hidden_act": "silu"}
@@ -205,7 +194,7 @@ def config_to_hf(cfg: ModelConfig, dtype: torch.dtype, routing: RoutingConfig | 
 
 # --- parameter names --------------------------------------------------------------------------------------------------
 
-# GPT-2 stores its matrices transposed, q, k and v as one, and under other names; the rest are Qwen2's own names.
+# GPT-2 stores its matrices transposed, joins q, k and v, and has its own names; all others have Qwen2's names.
 _GPT2_NAMES = {
     "wte": "model.embed_tokens",
     "wpe": "model.embed_positions",
@@ -216,14 +205,14 @@ _GPT2_NAMES = {
     "mlp.c_fc": "mlp.up_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
-_GPT2_BACK = {ours: theirs for theirs, ours in _GPT2_NAMES.items()}
+_TO_GPT2_NAMES = {ours: theirs for theirs, ours in _GPT2_NAMES.items()}
 _GPT2_TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-# Masks and tables that old files carry as if they were weights.
+# Masks and tables that old files store like weights.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias))$")
 
 
 def from_hf(kind: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(our name, our tensor) for one tensor of a published file: one for one, three for GPT-2's joined q, k, v."""
+    """(our name, our tensor) for one tensor of a published file: one, or three for GPT-2's joined q, k, v."""
     if _NOT_WEIGHTS.search(name):
         return
     if kind != "gpt2" or name == "lm_head.weight":
@@ -236,8 +225,8 @@ def from_hf(kind: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]
     if inner in _GPT2_TRANSPOSED and leaf == "weight":
         tensor = tensor.t()
     if inner == "attn.c_attn":
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-            yield f"{prefix}self_attn.{letter}_proj.{leaf}", part
+        for letter, matrix in zip("qkv", tensor.chunk(3), strict=True):
+            yield f"{prefix}self_attn.{letter}_proj.{leaf}", matrix
     else:
         yield f"{prefix}{_GPT2_NAMES.get(inner, inner)}.{leaf}", tensor
 
@@ -257,7 +246,7 @@ def to_hf(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if inner == "self_attn.q_proj":
             theirs, tensor = "attn.c_attn", torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
         else:
-            theirs = _GPT2_BACK.get(inner, inner)
+            theirs = _TO_GPT2_NAMES.get(inner, inner)
         if theirs in _GPT2_TRANSPOSED and leaf == "weight":
             tensor = tensor.t()
         out[name if name == "lm_head.weight" else f"{prefix}{theirs}.{leaf}"] = tensor.contiguous()

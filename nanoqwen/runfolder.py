@@ -1,7 +1,7 @@
-"""A run folder: who may write to it, its checkpoints, and what it says about the run.
+"""A run folder: its lock, its checkpoints, and what it records about the run.
 
 A checkpoint is built under a hidden name, synced, and renamed when it is complete, so a crash at any moment leaves
-whole checkpoints only. Its manifest holds the SHA-256 of every file and is checked before anything else is read:
+only complete checkpoints. Its manifest holds the SHA-256 of every file and is checked before anything else is read:
 of 3,000 single flipped bits 2,996 went unnoticed by safetensors itself. Everything is safetensors or JSON.
 """
 
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,30 +35,33 @@ from nanoqwen import files
 from nanoqwen.errors import DiskError, FormatError, NonFiniteError, warn
 from nanoqwen.files import (
     TEMPORARY,
+    complete_or_absent,
     disk_errors,
+    existing_parent,
     json_bytes,
     make_folder,
     read_json,
+    read_json_if_any,
     sha256_of,
     sync,
     write_atomic,
     write_new,
 )
 from nanoqwen.tokenizer import Tokenizer
-from nanoqwen.weights import CheckpointError, write_folder
+from nanoqwen.weights import CheckpointError, hash_tensor, open_safetensors, safetensors_header, write_folder
 
 FORMAT = 1  # of a checkpoint; raised when an older program would misread a newer one
-DIGEST_KEYS = ("step", "lr", "cursor", "rng")  # of state.json: what decides, beside the tensors, how a run goes on
+DIGEST_KEYS = ("step", "lr", "cursor", "rng")  # of state.json: with the tensors they determine how a run continues
 FILES_PER_CHECKPOINT = 16  # a dozen, and some to spare
-DELETED, REPLACED = ".del-", ".old-"  # being deleted; making way for its successor
-# What a program that loads the folder could take for a part of it; a README or a picture does no harm.
+DELETED, REPLACED = ".del-", ".old-"  # prefixes: being deleted; about to be replaced by a new checkpoint of the step
+# Files that a program could load as a part of the checkpoint; a README or a picture does no harm.
 LOADABLE = {".json", ".safetensors", ".bin", ".pt", ".pth", ".jinja", ".model", ".py", ".txt"}
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "tiktoken", "datasets")
 
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold a run folder, which is made if need be."""
+    """Hold the lock of a run folder, which is created if it does not exist."""
     with files.lock(run / ".lock", busy=f"{run}: busy, another run is writing to this folder"):
         yield
 
@@ -77,37 +79,33 @@ def save(
     state: dict[str, Any],
     keep: int,
     best: int | None = None,
-    warn: Callable[[str], None] = warn,
 ) -> tuple[Path, str]:
     """(folder, digest) of a new checkpoint, which is durable when this returns; older ones are then pruned.
 
     `model` is the model, or a function that writes its files into a folder. `state` is JSON; the format, the step,
     the tokenizer's hash and the versions of the libraries are added to it. The caller holds the lock.
     """
-    parent = run / "checkpoints"
-    unfinished = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    final = run / "checkpoints" / f"step-{step:08d}"
     tensors = [*optimizer.values(), *(model.state_dict().values() if isinstance(model, nn.Module) else ())]
-    with disk_errors(parent, sum(tensor.nbytes for tensor in tensors)):
-        try:
-            make_folder(unfinished)
+    with disk_errors(final.parent, sum(tensor.nbytes for tensor in tensors)):
+        with complete_or_absent(final) as folder:
+            make_folder(folder)
             if isinstance(model, nn.Module):
-                write_folder(model, tokenizer, unfinished)
+                write_folder(model, tokenizer, folder)
             else:
-                model(unfinished)
-            save_file(_own_memory(optimizer), unfinished / "optimizer.safetensors", metadata={"format": "pt"})
-            _write_state(unfinished, step, tokenizer, state)
-            _refuse_non_finite(unfinished, step)
-            _seal(unfinished)
-            found = digest(unfinished)
-            final = _publish(unfinished, step)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+                model(folder)
+            save_file(_own_memory(optimizer), folder / "optimizer.safetensors", metadata={"format": "pt"})
+            _write_state(folder, step, tokenizer, state)
+            _refuse_non_finite(folder, step)
+            _write_manifest(folder)
+            new_digest = digest(folder)
+            _move_aside(final)
+        sync(final.parent)
     try:
-        _prune(run, step, keep, best, warn)
-    except OSError as error:  # what had to be saved is
-        warn(f"{parent}: not pruned: {error.strerror or error}")
-    return final, found
+        _prune(run, step, keep, best)
+    except OSError as error:  # the new checkpoint is saved
+        warn(f"{final.parent}: not pruned: {error.strerror or error}")
+    return final, new_digest
 
 
 def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,7 +131,7 @@ def _write_state(folder: Path, step: int, tokenizer: Tokenizer | None, state: di
 
 
 def _has_nan(value: Any) -> bool:
-    """Infinity may be meant: the best loss before there is one."""
+    """Infinity is allowed: the best loss before the first evaluation."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -142,66 +140,63 @@ def _has_nan(value: Any) -> bool:
 
 
 def _refuse_non_finite(folder: Path, step: int) -> None:
-    """One NaN spreads to all weights within a step; kept, it would push the last clean checkpoint out."""
+    """One NaN spreads to all weights within a step; saved, it would cause the last clean checkpoint to be deleted."""
     for part, name, tensor in _tensors(folder):
         if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
             raise NonFiniteError(f"step {step}: {part} {name} is not finite; nothing was saved")
 
 
-def _seal(folder: Path) -> None:
-    """Make what is in the folder durable, then say what it is; the manifest comes last."""
-    files = sorted(folder.iterdir())
+def _write_manifest(folder: Path) -> None:
+    """Sync the files in the folder, then list them; the manifest comes last."""
+    paths = sorted(folder.iterdir())
     mode = stat.S_IMODE((folder / "state.json").stat().st_mode)  # ours: FILE_MODE less what the umask takes
-    for file in files:
-        file.chmod(mode)  # libraries write files that all may change, or that only their owner may read
-        sync(file)
-    listed = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
-    write_new(folder / "manifest.json", json_bytes({"files": listed}).rstrip())  # so that its last byte counts, too
+    for path in paths:
+        path.chmod(mode)  # libraries write files that all may change, or that only their owner may read
+        sync(path)
+    entries = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+    write_new(folder / "manifest.json", json_bytes({"files": entries}).rstrip())  # so that its last byte counts, too
     sync(folder)
 
 
-def _publish(unfinished: Path, step: int) -> Path:
-    """Rename to the final name. A checkpoint that is there already, damaged or not, first makes way."""
-    final = unfinished.with_name(f"step-{step:08d}")
+def _move_aside(final: Path) -> None:
+    """Rename an existing checkpoint, damaged or not; `newest_valid` still finds it if we are killed before the next."""
     if final.exists():
         replaced = final.with_name(REPLACED + final.name)
-        if replaced.exists():  # of a run that was killed below
-            os.rename(replaced, final.with_name(f"{DELETED}{secrets.token_hex(8)}"))
-        os.rename(final, replaced)  # killed here: `newest_valid` still finds it
-    os.rename(unfinished, final)
-    sync(final.parent)
-    return final
+        if replaced.exists():  # left by a run that was killed right after the next line
+            os.rename(replaced, _doomed_name(replaced))
+        os.rename(final, replaced)
 
 
-def _prune(run: Path, step: int, keep: int, best: int | None, warn: Callable[[str], None]) -> None:
+def _doomed_name(path: Path) -> Path:
+    return path.with_name(f"{DELETED}{secrets.token_hex(8)}")
+
+
+def _prune(run: Path, step: int, keep: int, best: int | None) -> None:
     """Keep the newest `keep` up to `step`, and the best.
 
-    Those after `step` stay until the run gets there: they are damaged, or of a run that was wound back on purpose.
-    Only sizes are compared here: to read all checkpoints at each save would take longer than the save.
+    Later ones stay until the run reaches them: they are damaged, or the user has resumed from an earlier step.
+    Only sizes are compared here: reading all checkpoints at each save would take longer than the save.
     """
     steps = {number: folder for number, folder in _checkpoints(run) if folder.name.startswith("step-")}
-    whole = [n for n in sorted(steps, reverse=True) if n < step and not _problem(steps[n], hashes=False)]
-    kept = {best, *[step, *whole][: max(1, keep)]}
-    unwanted = [folder for number, folder in steps.items() if number < step and number not in kept]
-    _delete_all([*unwanted, *_leftovers(run)], warn)
+    complete = [n for n in sorted(steps, reverse=True) if n < step and not _problem(steps[n], hashes=False)]
+    wanted = {best, *[step, *complete][: max(1, keep)]}
+    _delete_all([*(steps[n] for n in steps if n < step and n not in wanted), *_leftovers(run)])
 
 
-def sweep(run: Path, in_use: Path | None = None, warn: Callable[[str], None] = warn) -> None:
-    """Delete what saves and deletions left that were killed on the way, but for a checkpoint that is in use."""
-    _delete_all([path for path in _leftovers(run) if path != in_use], warn)
+def sweep(run: Path, in_use: Path | None = None) -> None:
+    """Delete what killed saves and deletions have left, except a checkpoint that is in use."""
+    _delete_all(path for path in _leftovers(run) if path != in_use)
 
 
 def _leftovers(run: Path) -> list[Path]:
-    found = [path for path in run.iterdir() if path.name.startswith(TEMPORARY) and path.is_file()]
-    found += run.glob(f"{DELETED}*")
-    inside = run / "checkpoints"
-    if inside.is_dir():
-        found += [path for path in inside.iterdir() if path.name.startswith((TEMPORARY, DELETED, REPLACED))]
-    return found
+    paths = [path for path in run.iterdir() if path.name.startswith(TEMPORARY) and path.is_file()]
+    paths += run.glob(f"{DELETED}*")
+    prefixes = (TEMPORARY, DELETED, REPLACED)
+    return paths + [path for path in _listed(run / "checkpoints") if path.name.startswith(prefixes)]
 
 
-def _delete_all(unwanted: Iterable[Path], warn: Callable[[str], None]) -> None:
-    for path in unwanted:
+def _delete_all(paths: Iterable[Path]) -> None:
+    for path in paths:
         try:
             _delete(path)
         except OSError as error:
@@ -213,19 +208,17 @@ def _delete(path: Path) -> None:
         path.unlink()
         return
     if not path.name.startswith(DELETED):  # half a checkpoint must not look like one
-        doomed = path.with_name(f"{DELETED}{secrets.token_hex(8)}")
-        os.rename(path, doomed)
-        path = doomed
+        path = path.rename(_doomed_name(path))
     shutil.rmtree(path)
 
 
 def clear(run: Path) -> None:
-    """Make room for a new run in the folder of an old one: its checkpoints, metrics, figures and report go."""
+    """Prepare the folder of an old run for a new one: delete its checkpoints, metrics and reports."""
     with disk_errors(run):
         if (run / "checkpoints").exists():
             _delete(run / "checkpoints")
-        figures = ("heldout.json", "tasks.json", "injection.json")  # of eval.py, of checkpoints that were here
-        for name in ("metrics.jsonl", "samples.jsonl", "report.html", "wandb-id", *figures):
+        reports = ("heldout.json", "tasks.json", "injection.json")  # of eval.py, about the deleted checkpoints
+        for name in ("metrics.jsonl", "samples.jsonl", "report.html", "wandb-id", *reports):
             (run / name).unlink(missing_ok=True)
 
 
@@ -233,55 +226,56 @@ def clear(run: Path) -> None:
 
 
 def verify(folder: Path) -> str:
-    """The digest of a checkpoint (of a run folder: its newest) that is whole; else a CheckpointError says what is not.
+    """The digest of a complete checkpoint (of a run folder: its newest); else a CheckpointError says what is wrong.
 
     Changes nothing. Files that nobody would load may lie beside those of the manifest.
     """
     if (folder / "checkpoints").is_dir():
-        found = _checkpoints(folder)
-        if not found:
+        checkpoints = _checkpoints(folder)
+        if not checkpoints:
             raise CheckpointError(f"{folder}: no checkpoint under {folder / 'checkpoints'}")
-        folder = found[-1][1]
+        folder = checkpoints[-1][1]
     if problem := _problem(folder):
         raise CheckpointError(problem)
     state = read_state(folder)
-    named = re.fullmatch(r"step-(\d{8,})", folder.name)
-    if named and int(named[1]) != state["step"]:
+    name = re.fullmatch(r"step-(\d{8,})", folder.name)
+    if name and int(name[1]) != state["step"]:
         raise CheckpointError(f"{folder}: renamed, its state.json is of step {state['step']}")
     return _digest(folder, state)
 
 
-def newest_valid(run: Path, warn: Callable[[str], None] = warn) -> Path | None:
-    """The whole checkpoint of the highest step, with one warning for each damaged one after it.
+def newest_valid(run: Path) -> Path | None:
+    """The complete checkpoint of the highest step, with one warning for each damaged one after it.
 
-    None means that there never was one. Where all are damaged, a fresh start would hide the loss: a CheckpointError.
+    None means that there never was one. If all are damaged, a fresh start would hide the loss: a CheckpointError.
     """
-    found = _checkpoints(run)
-    for _, folder in reversed(found):
+    checkpoints = _checkpoints(run)
+    for _, folder in reversed(checkpoints):
         try:
             verify(folder)
         except FormatError:
             raise
         except CheckpointError as error:
-            warn(f"damaged checkpoint left aside: {error}")
+            warn(f"damaged checkpoint ignored: {error}")
         else:
             return folder
-    if found:
-        raise CheckpointError(f"{run}: none of its {len(found)} checkpoints is usable (another run folder starts anew)")
+    if checkpoints:
+        count = len(checkpoints)
+        raise CheckpointError(f"{run}: none of its {count} checkpoints is usable (another run folder starts afresh)")
     return None
 
 
 def load_trainer_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(optimizer tensors, state) of a checkpoint, bitwise as saved. `verify` it first."""
     state = read_state(folder)
-    # Copies: a file that shrinks under a memory map kills the process that looks at it.
+    # Copies: a file that shrinks under a memory map kills the process that reads it.
     return {name: tensor.clone() for part, name, tensor in _tensors(folder) if part == "optimizer"}, state
 
 
 def digest(folder: Path) -> str:
     """SHA-256 over the sorted names, dtypes, shapes and bytes of all tensors, and DIGEST_KEYS of the state.
 
-    Equal digests: the same training state to the bit, whenever, wherever and by which version it was written.
+    Equal digests mean the same training state to the bit, wherever and by which version it was written.
     """
     return _digest(folder, read_state(folder))
 
@@ -289,32 +283,34 @@ def digest(folder: Path) -> str:
 def _digest(folder: Path, state: dict[str, Any]) -> str:
     sha = hashlib.sha256()
     for part, name, tensor in _tensors(folder):
-        sha.update(json.dumps([part, name, str(tensor.dtype), list(tensor.shape)]).encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        hash_tensor(sha, [part, name], tensor)
     sha.update(json.dumps([state.get(key) for key in DIGEST_KEYS], sort_keys=True).encode())
     return sha.hexdigest()
 
 
 def _checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) by rising step; after a kill between two renames the only copy is the one that made way."""
+    """(step, folder) by rising step; after a kill between two renames the only copy has the name of a replaced one."""
     parent = run / "checkpoints"
-    found = []
-    for path in parent.iterdir() if parent.is_dir() else ():
-        if named := re.fullmatch(rf"({re.escape(REPLACED)})?step-(\d{{8,}})", path.name):
-            found.append((int(named[2]), not named[1], path))
-    return [(step, path) for step, _, path in sorted(found)]
+    names = {path: re.fullmatch(rf"({re.escape(REPLACED)})?step-(\d{{8,}})", path.name) for path in _listed(parent)}
+    rows = sorted((int(name[2]), not name[1], path) for path, name in names.items() if name)
+    return [(step, path) for step, _, path in rows]
+
+
+def _listed(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _problem(folder: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with the files of a checkpoint, going by its manifest."""
+    """What is wrong with the files of a checkpoint, compared with its manifest."""
+    manifest = folder / "manifest.json"
     try:
-        files = read_json(folder / "manifest.json").get("files")
-        if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-            return f"{folder / 'manifest.json'}: expected a table of files"
-        for name, entry in files.items():
+        entries = read_json(manifest).get("files")
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            return f"{manifest}: expected a table of files"
+        for name, entry in entries.items():
             file = folder / name
             if Path(name).name != name:
-                return f"{folder / 'manifest.json'}: expected names of files in the same folder, got {name!r}"
+                return f"{manifest}: expected names of files in the same folder, got {name!r}"
             if not file.is_file():
                 return f"{file}: missing"
             if file.stat().st_size != entry.get("size"):
@@ -322,7 +318,7 @@ def _problem(folder: Path, *, hashes: bool = True) -> str | None:
             if hashes and sha256_of(file) != entry.get("sha256"):
                 return f"{file}: changed since it was written (SHA-256)"
         for file in sorted(folder.iterdir()):
-            if file.suffix in LOADABLE and file.name not in {*files, "manifest.json"}:
+            if file.suffix in LOADABLE and file.name not in {*entries, manifest.name}:
                 return f"{file}: not part of this checkpoint, but could be loaded with it"
     except CheckpointError as error:
         return str(error)
@@ -332,15 +328,15 @@ def _problem(folder: Path, *, hashes: bool = True) -> str | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json, when this version understands it and the tensors beside it are those that were saved."""
+    """state.json, if this version understands it and the tensors beside it are those that were saved."""
     path = folder / "state.json"
     state = read_json(path)
-    found = state.get("format")
-    if type(found) is not int:
-        raise FormatError(f"{path}: expected format {FORMAT}, got {'none' if found is None else repr(found)}")
-    if found != FORMAT:
-        how = "a newer version; update this one" if found > FORMAT else "an older version; use that one"
-        raise FormatError(f"{path}: expected format {FORMAT}, got {found}, written by {how}")
+    number = state.get("format")
+    if type(number) is not int:
+        raise FormatError(f"{path}: expected format {FORMAT}, got {'none' if number is None else repr(number)}")
+    if number != FORMAT:
+        writer = "a newer version; update this one" if number > FORMAT else "an older version; use that one"
+        raise FormatError(f"{path}: expected format {FORMAT}, got {number}, written by {writer}")
     if type(state.get("step")) is not int or not isinstance(state.get("tensors"), dict):
         raise CheckpointError(f"{path}: expected a step and a table of tensors")
     recorded, present = state["tensors"], inventory(folder)
@@ -356,41 +352,28 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def inventory(folder: Path) -> dict[str, str]:
-    """Dtype and shape of each tensor of a checkpoint."""
-    out = {}
-    for part, file in _tensor_files(folder):
-        with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                piece = opened.get_slice(name)
-                out[f"{part}: {name}"] = f"{piece.get_dtype()} {piece.get_shape()}"
-    return out
+    """Dtype and shape of each tensor of a checkpoint, by "part: name"."""
+    headers = {file: safetensors_header(file) for file in sorted(folder.glob("*.safetensors"))}
+    return {
+        f"{_part(file)}: {name}": f"{dtype} {shape}"
+        for file, header in headers.items()
+        for name, (dtype, shape) in header.items()
+    }
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     """(part, name, tensor), sorted; the tensors live in a memory map."""
-    places = []
-    for part, file in _tensor_files(folder):
-        with _opened(file) as opened:
-            places += [(part, name, file) for name in opened.keys()]  # noqa: SIM118
-    for file, group in itertools.groupby(sorted(places), key=lambda place: place[2]):
-        with _opened(file) as opened:
+    files = folder.glob("*.safetensors")
+    rows = sorted((_part(file), name, file) for file in files for name in safetensors_header(file))
+    for file, group in itertools.groupby(rows, key=lambda row: row[2]):
+        with open_safetensors(file) as opened:
             for part, name, _ in group:
                 yield part, name, opened.get_tensor(name)
 
 
-def _tensor_files(folder: Path) -> list[tuple[str, Path]]:
-    """("model" or "optimizer" or ..., file): the parts of a split file are one part of the checkpoint."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [(re.sub(r"-\d{5}-of-\d{5}$", "", file.stem), file) for file in files]
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file: {str(error).splitlines()[0]}") from None
+def _part(file: Path) -> str:
+    """ "model", "optimizer", ...: the shards of a model are one part of the checkpoint."""
+    return re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
@@ -399,25 +382,25 @@ def _opened(file: Path) -> Iterator[Any]:
 def check_disk(run: Path, bytes_needed: int, keep: int) -> None:
     """Refuse a run whose checkpoints, `bytes_needed` each, will not fit: `keep` of them and the one being written.
 
-    What the checkpoints of this run take already counts as free, since the new ones take their place.
+    The space of this run's existing checkpoints counts as free, since the new ones replace them.
     """
-    exists = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    files = [path for path in (run / "checkpoints").rglob("*") if path.is_file()]
+    exists = existing_parent(run)
+    paths = [path for path in (run / "checkpoints").rglob("*") if path.is_file()]
     needed = (keep + 1) * bytes_needed
-    free = shutil.disk_usage(exists).free + sum(path.stat().st_size for path in files)
+    free = shutil.disk_usage(exists).free + sum(path.stat().st_size for path in paths)
     if free < needed:
         raise DiskError(f"{run}: {keep + 1} checkpoints need {needed:,} bytes, free are {free:,}")
     disk = os.statvfs(exists)
-    needed, free = (keep + 1) * FILES_PER_CHECKPOINT, disk.f_favail + len(files)
+    needed, free = (keep + 1) * FILES_PER_CHECKPOINT, disk.f_favail + len(paths)
     if disk.f_files and free < needed:  # f_files is 0 where the file system does not count
         raise DiskError(f"{run}: {keep + 1} checkpoints need {needed} files, free are {free} (inodes)")
 
 
-# --- what a run says about itself -------------------------------------------------------------------------------------
+# --- status and source ------------------------------------------------------------------------------------------------
 
 
 def write_status(run: Path, status: str, code: int, reason: str) -> None:
-    """status.json. Where even that cannot be written, a warning: the reason of the end must not be lost over it."""
+    """Write status.json; only a warning if that fails, which must not hide the error that ended the run."""
     try:
         write_atomic(run / "status.json", json_bytes({"status": status, "code": code, "reason": reason}))
     except DiskError as error:
@@ -425,15 +408,12 @@ def write_status(run: Path, status: str, code: int, reason: str) -> None:
 
 
 def read_status(run: Path) -> str | None:
-    """`running`, `done`, ...; None where nothing legible is written."""
-    try:
-        return json.loads((run / "status.json").read_bytes())["status"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    """`running`, `done`, ...; None if status.json is missing or damaged."""
+    return read_json_if_any(run / "status.json").get("status")
 
 
 def source_record() -> dict[str, Any]:
-    """Which code runs where, and how it was called."""
+    """The code, its libraries, the platform and the command of this run."""
     changes = _git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv")
     return {
         "commit": (_git("rev-parse", "HEAD") or b"").decode().strip() or None,
@@ -447,17 +427,17 @@ def source_record() -> dict[str, Any]:
 @functools.cache
 def versions() -> dict[str, str | None]:
     """Of Python and the libraries; None: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    numbers: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            numbers[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            numbers[name] = None
+    return numbers
 
 
 def _git(*arguments: str) -> bytes | None:
-    """What git says about this program's folder; None without git or a repository."""
+    """Output of git in this program's folder; None without git or a repository."""
     command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
     try:
         return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=10, check=True).stdout
@@ -472,8 +452,8 @@ SECRET_TEXT = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA)[\w-]{8,}|(?<=://)[^
 
 
 def _masked(words: list[str]) -> list[str]:
-    """A command line without passwords: by the option's name, by their look, or because the environment holds them."""
-    known = [value for name, value in os.environ.items() if _names_secret(name) and len(value) >= 8]
+    """A command line without secrets: found by the option's name, by their form, or in environment variables."""
+    values = [value for name, value in os.environ.items() if _names_secret(name) and len(value) >= 8]
     out: list[str] = []
     for previous, word in zip(["", *words], words, strict=False):
         option, equals, _ = word.partition("=")
@@ -481,7 +461,7 @@ def _masked(words: list[str]) -> list[str]:
             word = f"{option}=***"
         elif previous.startswith("-") and _names_secret(previous) and not word.startswith("-"):
             word = "***"
-        for text in known:
+        for text in values:
             word = word.replace(text, "***")
         out.append(SECRET_TEXT.sub("***", word))
     return out
@@ -490,4 +470,4 @@ def _masked(words: list[str]) -> list[str]:
 def _names_secret(name: str) -> bool:
     """`--hub_token`, `WANDB_API_KEY`; but not `--max_new_tokens`, nor a word that only contains one."""
     last = name.replace("-", "_").rpartition(".")[2]
-    return any(found.end() == len(last) for found in SECRET_NAME.finditer(last))
+    return any(match.end() == len(last) for match in SECRET_NAME.finditer(last))

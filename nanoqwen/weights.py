@@ -1,13 +1,6 @@
-"""Weights on disk: published folders in, folders that every other tool loads out.
+"""Weights on disk: read the folders of published models, write folders that other tools load.
 
-    python checkpoint.py parity SOURCE           compare a source with transformers: logits, greedy text, tokenizer
-    python checkpoint.py export SOURCE FOLDER    write a folder that AutoModelForCausalLM and AutoTokenizer load
-    python checkpoint.py export ADAPTER FOLDER   the adapter alone, as PEFT loads it; with --merge the whole model
-    python checkpoint.py push FOLDER OWNER/NAME  upload an exported folder to the hub of Hugging Face
-    python checkpoint.py gguf SOURCE FILE.gguf   one file for llama.cpp
-    python checkpoint.py verify RUN              the digest of a checkpoint that is whole
-
-A SOURCE is a Hugging Face folder (one file or sharded), a checkpoint or run folder of this project, or a hub id. Each
+A source is a Hugging Face folder (one file or sharded), a checkpoint or run folder of this project, or a hub id. Each
 may hold an adapter (PEFT's LoRA) instead of a model; it names its base, which is loaded with it.
 Weights are safetensors; a pickle is read only through torch's `weights_only=True`, which runs no code.
 """
@@ -18,9 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,17 +26,17 @@ from torch import Tensor, nn
 
 from model import GPT, ModelConfig
 from nanoqwen import lora
-from nanoqwen.errors import CheckpointError, ConfigError, DataError, LoraError
-from nanoqwen.files import read_json
+from nanoqwen.errors import CheckpointError, ConfigError, DataError, LoraError, warn
+from nanoqwen.files import json_bytes, new_folder, read_json, read_json_if_any
 from nanoqwen.hf_format import OWN_TYPE, config_from_hf, config_to_hf, from_hf, model_type, routing_from_hf, to_hf
 from nanoqwen.lora import LoraConfig, apply_lora, load_lora, lora_state, merge_lora
 from nanoqwen.routing import RoutingConfig, build_model, make_routers, routed_layers
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 
-READ_BYTES = 2**26  # weights are read in pieces of this size (64 MiB), so that a load needs little more than the model
+READ_BYTES = 2**26  # weights are read in chunks of 64 MiB, so that a load needs little more memory than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-# What we know about an adapter's base beyond its name. A file of its own: PEFT warns about keys that it does not know.
+# What we record about an adapter's base beside its name, in a file of its own: PEFT warns about unknown keys.
 BASE_RECORD = "base.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
 
@@ -78,18 +68,16 @@ def _resolve(folder: Path) -> Path:
 
 
 def config_of(source: str | Path) -> ModelConfig:
-    """Of a source, of which nothing else is read."""
+    """The shape of a source; nothing else of it is read."""
     return config_from_hf(read_json(resolve(source) / "config.json"))
 
 
 def _best_of(newest: Path) -> Path:
-    """The checkpoint of the same run with the lowest validation loss, as far as the newest one knows."""
-    try:
-        step = json.loads((newest / "state.json").read_bytes())["best"]["step"]
-        best = newest.with_name(f"step-{step:08d}")
-    except (OSError, ValueError, KeyError, TypeError):  # of another program, or before the first evaluation
-        return newest
-    return best if (best / "manifest.json").is_file() else newest
+    """The checkpoint with the lowest validation loss, as the newest one of the same run has recorded it."""
+    best = read_json_if_any(newest / "state.json").get("best")
+    step = best.get("step") if isinstance(best, dict) else None  # None: another program's, or not evaluated yet
+    folder = newest.with_name(f"step-{step:08d}") if isinstance(step, int) else newest
+    return folder if (folder / "manifest.json").is_file() else newest
 
 
 def is_adapter(folder: Path) -> bool:
@@ -105,9 +93,9 @@ def checkpoint_files(run: Path) -> Iterator[Path]:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "pytorch_model*.bin"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "pytorch_model*.bin"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises a dozen kinds, network libraries more
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{hub_id}: no such folder, and the hub could not be read: {reason}") from None
@@ -133,41 +121,46 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no model.safetensors, model.safetensors.index.json or pytorch_model.bin")
 
 
-Reader = Callable[[torch.dtype | None, torch.device], Tensor]
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor, Reader]]:
-    """(name, a tensor without contents, how to read it) of every tensor in a file; no weights are read yet."""
-    if file.suffix != ".safetensors":
-        for name, tensor in _load_pickle(file).items():
-            read = partial(_copied, tensor)
-            yield name, torch.empty_like(tensor, device="meta"), read
-        return
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """What safetensors' `safe_open` returns; a CheckpointError if the file is damaged. Its tensors are memory maps."""
     try:
         with safe_open(file, framework="pt") as opened:
-            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            empty = {name: _without_contents(s.get_shape(), s.get_dtype()) for name, s in found.items()}
-            del found  # these hold the file's memory map
+            yield opened
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {str(error).splitlines()[0]}") from None
-    for name, tensor in empty.items():
-        yield name, tensor, partial(_read_tensor, file, name, tensor.shape)
 
 
+def safetensors_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype, as safetensors spells it, and shape of each tensor in a file; no weights are read."""
+    with open_safetensors(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
+
+
+Reader = Callable[[torch.dtype | None, torch.device], Tensor]
+_FLOAT_NUMBERS = "floating-point numbers of 16, 32 or 64 bits"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _without_contents(shape: list[int], dtype: str) -> Tensor:
-    """Whatever is no plain float becomes an int here, and is refused by name later."""
-    return torch.empty(shape, dtype=_FLOATS.get(dtype, torch.int8), device="meta")
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor, Reader]]:
+    """(name, meta tensor, function that reads it) of every tensor in a file; no weights are read yet."""
+    if file.suffix != ".safetensors":
+        for name, tensor in _load_pickle(file).items():
+            yield name, torch.empty_like(tensor, device="meta"), partial(_copy, tensor)
+        return
+    for name, (dtype, shape) in safetensors_header(file).items():
+        # Anything but a float becomes an int here, and is refused by name later.
+        meta = torch.empty(shape, dtype=_FLOATS.get(dtype, torch.int8), device="meta")
+        yield name, meta, partial(_read_tensor, file, name, meta.shape)
 
 
-def _copied(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+def _copy(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
     return tensor.to(device, dtype, copy=True)
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a GPT-2-era file. torch refuses, without running it, whatever is not a plain tensor."""
+    """The tensors of a GPT-2-era file. torch refuses anything but plain tensors, without running it."""
     try:
         # torch before 1.6 wrote no zip files, and only those can be mapped.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -180,22 +173,22 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _read_tensor(file: Path, name: str, shape: torch.Size, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """A copy of one stored tensor, because a file that shrinks under a memory map kills the process that looks at it.
+    """A copy of one stored tensor, because a file that shrinks under a memory map kills the process that reads it.
 
-    It is read in pieces, each through a map of its own: the pages of a map count as memory until it is closed.
+    It is read in chunks, each through a map of its own: the pages of a map count as memory until it is closed.
     """
     rows = max(1, READ_BYTES // (4 * max(1, shape[1:].numel())))
     if not shape or shape[0] <= rows:
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name).to(device, dtype, copy=True)
+            return _copy(opened.get_tensor(name), dtype, device)
     out = None
     for start in range(0, shape[0], rows):
         with safe_open(file, framework="pt") as opened:
-            piece = opened.get_slice(name)[start : start + rows]
+            chunk = opened.get_slice(name)[start : start + rows]
             if out is None:
-                out = torch.empty(shape, dtype=dtype or piece.dtype, device=device)
-            out[start : start + rows] = piece
-            del piece
+                out = torch.empty(shape, dtype=dtype or chunk.dtype, device=device)
+            out[start : start + rows] = chunk
+            del chunk
     return out
 
 
@@ -207,59 +200,64 @@ def load_model(
     merge: bool = True,
     routing: RoutingConfig | None = None,
     allow_mismatch: bool = False,
-    warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr),
 ) -> tuple[GPT, Tokenizer | None]:
     """(model in eval mode, its tokenizer or None if the folder has none). dtype None: as stored.
 
-    A missing, unexpected or mis-shaped tensor, or a tokenizer that is not the model's, is a CheckpointError that
-    lists them; with `allow_mismatch` it is a warning, and missing weights keep their random initial values.
-    The source may be an adapter: it is merged into its base, or with merge=False left beside it, ready to train.
-    With `routing` a dense source gets fresh routers, drawn from torch's generator, and nothing else may be missing.
+    Missing, unexpected or mis-shaped tensors, or the tokenizer of another model, are a CheckpointError that lists
+    them; with `allow_mismatch` they are a warning, and missing weights keep their random initial values.
+    The source may be an adapter: it is merged into its base, or with merge=False kept apart, ready to train.
+    With `routing` a dense source gets new routers, drawn from torch's generator, and nothing else may be missing.
     Routers stay in fp32 whatever the dtype: scores that round to equal ones would select by position.
     """
     folder = resolve(source)
     if is_adapter(folder):
-        return _load_adapted(folder, torch.device(device), dtype, merge, allow_mismatch, warn)
+        return _load_adapted(folder, torch.device(device), dtype, merge, allow_mismatch)
     hf = read_json(folder / "config.json")
-    cfg, stored = config_from_hf(hf), routing_from_hf(hf)
-    device, routing = torch.device(device), _agreed(folder, cfg, stored, routing)
+    cfg, stored_routing = config_from_hf(hf), routing_from_hf(hf)
+    device, routing = torch.device(device), _choose_routing(folder, cfg, stored_routing, routing)
     with torch.device("meta"):
         model = build_model(cfg, routing)
-    fresh = {} if stored else make_routers(cfg, routing).state_dict(prefix="routers.")
-    state, problems = _read_state(folder, hf["model_type"], model, dtype, device, fresh)
+    new_routers = {} if stored_routing else make_routers(cfg, routing).state_dict(prefix="routers.")
+    state, problems = _read_state(folder, hf["model_type"], model, dtype, device, new_routers)
     tokenizer = _read_tokenizer(folder, hf, cfg, problems)
-    if problems and not allow_mismatch:
-        raise CheckpointError(f"{folder}: does not fit: {'; '.join(problems)} (--allow_mismatch loads what fits)")
-    for problem in problems:
-        warn(f"{folder}: {problem}")
+    _report_problems(folder, problems, allow_mismatch, "loads what fits")
     dtypes = {tensor.dtype for name, tensor in state.items() if not name.startswith("routers.")}
     if len(dtypes) > 1:  # as stored, but all alike: half a layer in bf16 cannot be computed
         widest = max(dtypes, key=lambda kind: kind.itemsize)
         state = {name: tensor.to(widest) for name, tensor in state.items()}
     if len(state) < len(model.state_dict()):
-        whole = build_model(cfg, routing)
-        whole = whole.to(device=device, dtype=next(iter(state.values())).dtype if state else dtype).state_dict()
-        state = {name: state.get(name, tensor) for name, tensor in whole.items()}
+        initial = build_model(cfg, routing)
+        initial = initial.to(device=device, dtype=next(iter(state.values())).dtype if state else dtype).state_dict()
+        state = {name: state.get(name, tensor) for name, tensor in initial.items()}
     model.load_state_dict(state, strict=True, assign=True)
     model.routers.float()
     return model.requires_grad_(True).eval(), tokenizer
 
 
-def _agreed(folder: Path, cfg: ModelConfig, stored: RoutingConfig | None, wanted: RoutingConfig | None) -> Any:
-    """The routing to build: that of the source, or the one asked for, if the source is dense or of the same kind."""
-    if wanted is None or wanted.kind == "dense":
+def _report_problems(folder: Path, problems: list[str], allow_mismatch: bool, effect: str) -> None:
+    if problems and not allow_mismatch:
+        raise CheckpointError(f"{folder}: does not fit: {'; '.join(problems)} (--allow_mismatch {effect})")
+    for problem in problems:
+        warn(f"{folder}: {problem}")
+
+
+def _choose_routing(
+    folder: Path, cfg: ModelConfig, stored: RoutingConfig | None, requested: RoutingConfig | None
+) -> RoutingConfig:
+    """The routing of the source, or the requested one if the source is dense or routed in the same way."""
+    if requested is None or requested.kind == "dense":
         return stored or RoutingConfig()
     try:
         here, there = (
             (r.kind, routed_layers(cfg, r), r.prior_factor, r.beta_mode == "learned", r.normalise)
-            for r in (wanted, stored or wanted)
+            for r in (requested, stored or requested)
         )
     except ValueError as error:
-        raise ConfigError(f"routing.kind {wanted.kind}: {error}") from None
+        raise ConfigError(f"routing.kind {requested.kind}: {error}") from None
     if here != there:
         names = "(kind, layers, prior_factor, betas learned, normalise)"
         raise ConfigError(f"routing: {folder} has {names} {there}, got {here}")
-    return wanted
+    return requested
 
 
 def _read_state(
@@ -268,49 +266,48 @@ def _read_state(
     model: GPT,
     dtype: torch.dtype | None,
     device: torch.device,
-    fresh: dict[str, Tensor],
+    new_routers: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors that fit the model, problems). `fresh` are those that the source does not have and must not."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in fresh}
-    state: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in fresh.items()}
+    """(tensors that fit the model, problems). The source must not have tensors under the names of `new_routers`."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in new_routers}
+    state: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in new_routers.items()}
     seen: set[str] = set()
-    unexpected, twice, shapes, tied_head = [], [], [], None
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "twice": [], "mis-shaped": []}
+    read_tied_head = None
     for file in weight_files(folder):
-        for stored, empty, read in _tensors(file):
-            parts = _parts(kind, stored, empty)
+        for stored, meta, read in _tensors(file):
             if stored == "lm_head.weight" and stored not in expected:
-                tied_head = read  # stored twice although tied: it must be the same matrix
+                read_tied_head = read  # stored twice although tied: it must be the same matrix
                 continue
+            parts = _parts(kind, stored, meta)
             if seen & parts.keys():
-                twice.append(stored)
+                problems["twice"].append(stored)
             seen |= parts.keys()
             if not parts.keys() <= expected.keys():
-                unexpected.append(stored)
+                problems["unexpected"].append(stored)
             elif wrong := [name for name, part in parts.items() if part.shape != expected[name]]:
-                shapes += [f"{name} {tuple(parts[name].shape)} instead of {tuple(expected[name])}" for name in wrong]
-            elif parts and not empty.is_floating_point():
-                shapes.append(f"{stored}, which does not hold numbers of 16, 32 or 64 bits with a point")
+                problems["mis-shaped"] += [
+                    f"{name} {tuple(parts[name].shape)} instead of {tuple(expected[name])}" for name in wrong
+                ]
+            elif parts and not meta.is_floating_point():
+                problems["mis-shaped"].append(f"{stored}, which does not hold {_FLOAT_NUMBERS}")
             elif parts:
                 tensor = read(None if stored.startswith("routers.") else dtype, device)
-                state.update((name, t.contiguous()) for name, t in from_hf(kind, stored, tensor))
+                state.update((name, part.contiguous()) for name, part in from_hf(kind, stored, tensor))
     embedding = state.get("model.embed_tokens.weight")
-    if tied_head is not None and embedding is not None and not torch.equal(tied_head(dtype, device), embedding):
-        shapes.append("lm_head.weight, which differs from the embedding although tie_word_embeddings is true")
-    listed = {
-        "missing": [name for name in expected if name not in seen],
-        "unexpected": unexpected,
-        "twice": twice,
-        "mis-shaped": shapes,
-    }
-    return state, [f"{what}: {', '.join(names)}" for what, names in listed.items() if names]
+    if read_tied_head and embedding is not None and not torch.equal(read_tied_head(dtype, device), embedding):
+        text = "lm_head.weight, which differs from the embedding although tie_word_embeddings is true"
+        problems["mis-shaped"].append(text)
+    problems["missing"] = [name for name in expected if name not in seen]
+    return state, [f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names]
 
 
-def _parts(kind: str, stored: str, empty: Tensor) -> dict[str, Tensor]:
-    """What a stored tensor becomes here. One that cannot be cut as it should keeps its name, and fits nowhere."""
+def _parts(kind: str, stored: str, meta: Tensor) -> dict[str, Tensor]:
+    """Our tensors for a stored one. One that cannot be split keeps its name, and is reported as unexpected."""
     try:
-        return dict(from_hf(kind, stored, empty))
+        return dict(from_hf(kind, stored, meta))
     except (RuntimeError, ValueError):
-        return {stored: empty}
+        return {stored: meta}
 
 
 def _read_tokenizer(folder: Path, hf: dict[str, Any], cfg: ModelConfig, problems: list[str]) -> Tokenizer | None:
@@ -332,11 +329,11 @@ def _read_tokenizer(folder: Path, hf: dict[str, Any], cfg: ModelConfig, problems
 
 
 class Adapter(NamedTuple):
-    """What an adapter folder holds."""
+    """The contents of an adapter folder."""
 
     config: LoraConfig
     base: str  # folder or hub id, as PEFT understands it
-    base_hash: str | None  # of the weights that it was trained on; None: not known, PEFT keeps no record
+    base_hash: str | None  # of the weights that it was trained on; None: not recorded (PEFT)
     tensors: dict[str, Tensor]  # under our names, on the CPU, as stored
     tied: bool  # an embedding among them is the head as well
     tokenizer_hash: str | None
@@ -344,7 +341,7 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """An adapter written here or by PEFT. One that would be computed differently here, or not wholly, is refused."""
+    """An adapter written here or by PEFT; refused if a part of it would be computed differently here, or not at all."""
     folder = Path(folder)
     path = folder / ADAPTER_CONFIG
     hf = read_json(path)
@@ -357,9 +354,9 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise CheckpointError(f"{path}: base_model_name_or_path: expected a folder or hub id, got {base!r}")
     record = read_json(folder / BASE_RECORD) if (folder / BASE_RECORD).exists() else {}
     if not all(isinstance(record.get(key, ""), str) for key in ("sha256", "folder", "tokenizer_hash")):
-        raise CheckpointError(f"{folder / BASE_RECORD}: expected texts, got {record}")
+        raise CheckpointError(f"{folder / BASE_RECORD}: expected strings, got {record}")
     if record.get("folder") and not exists(base) and exists(folder / record["folder"]):
-        base = os.path.normpath(folder / record["folder"])  # both were moved together
+        base = os.path.normpath(folder / record["folder"])  # base and adapter were moved together
     tensors = _read_adapter_tensors(folder, cfg)
     tied = hf.get("ensure_weight_tying") is True
     routing = routing_from_hf({"model_type": OWN_TYPE, "routing": record.get("routing")})
@@ -379,45 +376,35 @@ def _read_adapter_tensors(folder: Path, cfg: LoraConfig) -> dict[str, Tensor]:
         pickled = "; adapter_model.bin is a pickle, which is not read" * (folder / "adapter_model.bin").exists()
         raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS}{pickled}")
     tensors: dict[str, Tensor] = {}
-    for stored, empty, read in _tensors(file):
+    for stored, meta, read in _tensors(file):
         try:
             name = lora.from_peft_name(stored)
         except LoraError as error:
             raise CheckpointError(f"{file}: {error}") from None
-        if not empty.is_floating_point():
-            raise CheckpointError(f"{file}: {stored}: expected numbers of 16, 32 or 64 bits with a point")
-        if name.endswith(".lora_A") and empty.shape[:1] != (cfg.rank,):  # before a wrong rank allocates anything
-            raise CheckpointError(f"{file}: {stored}: expected {cfg.rank} rows as r says, got {tuple(empty.shape)}")
+        if not meta.is_floating_point():
+            raise CheckpointError(f"{file}: {stored}: expected {_FLOAT_NUMBERS}")
+        if name.endswith(".lora_A") and meta.shape[:1] != (cfg.rank,):  # before a wrong rank allocates anything
+            raise CheckpointError(f"{file}: {stored}: expected {cfg.rank} rows as r says, got {tuple(meta.shape)}")
         tensors[name] = read(None, torch.device("cpu"))
     return tensors
 
 
 def _load_adapted(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    merge: bool,
-    allow_mismatch: bool,
-    warn: Callable[[str], None],
+    folder: Path, device: torch.device, dtype: torch.dtype | None, merge: bool, allow_mismatch: bool
 ) -> tuple[GPT, Tokenizer | None]:
     adapter = read_adapter(folder)
     try:
         base = resolve(adapter.base)
         _expect_model(base)
-        problems = _problems_of_base(adapter, base)
-        model, tokenizer = load_model(
-            base, device, dtype, routing=adapter.routing, allow_mismatch=allow_mismatch, warn=warn
-        )
+        problems = _base_problems(adapter, base)
+        model, tokenizer = load_model(base, device, dtype, routing=adapter.routing, allow_mismatch=allow_mismatch)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
     tokenizer = _read_tokenizer(folder, {"tokenizer_hash": adapter.tokenizer_hash}, model.cfg, problems) or tokenizer
-    if problems and not allow_mismatch:
-        raise CheckpointError(f"{folder}: does not fit: {'; '.join(problems)} (--allow_mismatch loads it all the same)")
-    for problem in problems:
-        warn(f"{folder}: {problem}")
-    cfg, tensors = _settle_tied_head(model, adapter)
+    _report_problems(folder, problems, allow_mismatch, "loads it all the same")
+    cfg, tensors = _untie_head(model, adapter)
     try:
-        with torch.random.fork_rng(devices=[]):  # the first values of A are not kept
+        with torch.random.fork_rng(devices=[]):  # the initial values of A are replaced
             apply_lora(model, cfg)
         load_lora(model, tensors)
     except LoraError as error:
@@ -429,17 +416,20 @@ def _load_adapted(
 
 def _expect_model(base: Path) -> None:
     if is_adapter(base):
-        raise CheckpointError(f"{base}: is an adapter itself: `checkpoint.py export --merge` makes it a model")
+        raise CheckpointError(f"{base}: is an adapter itself: `checkpoint.py export --merge` makes a model of it")
 
 
-def _problems_of_base(adapter: Adapter, base: Path) -> list[str]:
-    if adapter.base_hash is None or (found := hash_weights(base)) == adapter.base_hash:
+def _base_problems(adapter: Adapter, base: Path) -> list[str]:
+    if adapter.base_hash is None or (base_hash := hash_weights(base)) == adapter.base_hash:
         return []
-    return [f"base: trained on weights with hash {adapter.base_hash[:12]}, {base} has {found[:12]}"]
+    return [f"base: trained on weights with hash {adapter.base_hash[:12]}, {base} has {base_hash[:12]}"]
 
 
-def _settle_tied_head(model: GPT, adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """PEFT trains a tied head and its embedding apart unless told otherwise. Then they are two matrices here too."""
+def _untie_head(model: GPT, adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """PEFT trains a tied head and its embedding apart unless configured otherwise; then untie them here too.
+
+    Returns the adapter's configuration and tensors, without the head if it stays tied.
+    """
     head, embedding = (adapter.tensors.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
     if model.lm_head is not None or (head is None and embedding is None):
         return adapter.config, adapter.tensors
@@ -458,16 +448,19 @@ def _settle_tied_head(model: GPT, adapter: Adapter) -> tuple[LoraConfig, dict[st
 
 
 def hash_weights(source: str | Path) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a source's tensors as stored, in whichever files they are."""
+    """SHA-256 over the names, dtypes, shapes and bytes of a source's tensors as stored, in whichever files."""
     folder = resolve(source)
     _expect_model(folder)
     readers = {name: read for file in weight_files(folder) for name, _, read in _tensors(file)}
-    total = hashlib.sha256()
+    sha = hashlib.sha256()
     for name in sorted(readers):
-        tensor = readers[name](None, torch.device("cpu"))
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
+        hash_tensor(sha, [name], readers[name](None, torch.device("cpu")))
+    return sha.hexdigest()
+
+
+def hash_tensor(sha: Any, names: list[str], tensor: Tensor) -> None:
+    sha.update(json.dumps([*names, str(tensor.dtype), list(tensor.shape)]).encode())
+    sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def write_adapter(
@@ -484,14 +477,14 @@ def write_adapter(
     """Fill an existing folder with a model's adapter, as PEFT loads it onto transformers' model of the same base.
 
     `base` is the folder or hub id that the model was loaded from, `base_hash` its `hash_weights` where the caller
-    knows it already. Shapes whose layers are cut otherwise in transformers (GPT-2), or that it lacks, keep our names:
-    PEFT refuses those, and `export --merge` makes a model of them.
+    knows it already. Shapes whose layers transformers joins (GPT-2), or has no class for, keep our names: PEFT
+    refuses those, and `export --merge` makes a model of them.
 
-    state: the weights, where the model's own are spread over several ranks
+    state: the weights, where the model's own are sharded over several ranks
     """
     state = {name: tensor if state is None else state[name].detach() for name, tensor in lora_state(model).items()}
     tied = model.lm_head is None and "model.embed_tokens.weight" in state
-    if tied:  # stored twice, as PEFT does with a pair that it is to keep tied
+    if tied:  # stored twice, as PEFT stores a tied pair
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     base_hash = base_hash or hash_weights(base)
     adapter = Adapter(cfg, str(base), base_hash, state, tied, None, model.routing)
@@ -512,10 +505,10 @@ def _fill_adapter_folder(
     if tokenizer is not None:
         tokenizer.save(folder)
         record["tokenizer_hash"] = tokenizer.hash
-    tensors = {lora.to_peft_name(n): _narrowed(n, t, dtype).contiguous() for n, t in adapter.tensors.items()}
+    tensors = {lora.to_peft_name(n): _to_cpu(n, t, dtype).contiguous() for n, t in adapter.tensors.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / ADAPTER_CONFIG, lora.to_peft(adapter.config, base, tied=adapter.tied))
-    _write_json(folder / BASE_RECORD, record)
+    (folder / ADAPTER_CONFIG).write_bytes(json_bytes(lora.to_peft(adapter.config, base, tied=adapter.tied)))
+    (folder / BASE_RECORD).write_bytes(json_bytes(record))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -531,38 +524,29 @@ def write_folder(
 ) -> None:
     """Fill an existing folder with everything that transformers needs to load the model.
 
-    state        the weights, where the model's own are spread over several ranks
-    shard_bytes  of a file of weights at most; None: SHARD_BYTES
+    state        the weights, where the model's own are sharded over several ranks
+    shard_bytes  largest file of weights; None: SHARD_BYTES
     """
     if lora_state(model):
         raise ValueError("the model has adapters: merge_lora first, or write_adapter")
     kind = model_type(model)
     tensors = (model.state_dict() if state is None else state).items()
-    state = to_hf(kind, {name: _narrowed(name, t.detach(), dtype).contiguous() for name, t in tensors})
+    state = to_hf(kind, {name: _to_cpu(name, t.detach(), dtype).contiguous() for name, t in tensors})
     stored = next(iter(state.values())).dtype
     _write_weights(state, folder, shard_bytes or SHARD_BYTES)
     hf = config_to_hf(model.cfg, stored, model.routing)
     if tokenizer is not None:
         hf |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id, "tokenizer_hash": tokenizer.hash}
         tokenizer.save(folder)
-        _write_json(
-            folder / "generation_config.json",
-            {
-                "eos_token_id": sorted(tokenizer.stop_ids),
-                "bos_token_id": tokenizer.bos_id,
-                "pad_token_id": tokenizer.eos_id,
-            },
-        )
-    _write_json(folder / "config.json", hf)
+        generation = {"eos_token_id": sorted(tokenizer.stop_ids)}
+        generation |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.eos_id}
+        (folder / "generation_config.json").write_bytes(json_bytes(generation))
+    (folder / "config.json").write_bytes(json_bytes(hf))
 
 
-def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """On the CPU in a dtype (None: its own); routers stay as they are."""
+def _to_cpu(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In a dtype (None: its own); routers keep theirs."""
     return tensor.to("cpu", tensor.dtype if dtype is None or name.startswith("routers.") else dtype)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_weights(state: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
@@ -583,7 +567,8 @@ def _write_weights(state: dict[str, Tensor], folder: Path, shard_bytes: int) -> 
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in state.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_bytes(json_bytes(index))
 
 
 def export(
@@ -595,21 +580,21 @@ def export(
     shard_bytes: int | None = None,
     card: str | None = None,
 ) -> None:
-    """Write a new folder, all or nothing: it appears under its name when it is complete.
+    """Write a new folder, which appears under its name once it is complete.
 
-    card: its README.md; None: a note alone, and only where the model needs one
+    card: its README.md; None: only a note, if the model is routed
     """
-    with _new_folder(Path(folder)) as unfinished:
-        write_folder(model, tokenizer, unfinished, dtype, shard_bytes=shard_bytes)
+    with new_folder(Path(folder)) as temporary:
+        write_folder(model, tokenizer, temporary, dtype, shard_bytes=shard_bytes)
         if card is None and model.routing:
             card = f"# A model with routed layers\n\n{routed_note(model)}"
         if card is not None:
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def routed_note(model: GPT) -> str:
     return (
-        f"Layers {', '.join(model.routers)} compute a share of the tokens (`{model.routing.kind}`; see `routing` in "
+        f"Layers {', '.join(model.routers)} compute a fraction of the tokens (`{model.routing.kind}`; see `routing` in "
         "`config.json`); a causal router with a stored\nthreshold decides which. No class of transformers does that: "
         "computing all tokens there would be another model, with\nworse text. `python infer.py --ckpt FOLDER` and "
         "`load_model` of the program that wrote this folder load it.\n"
@@ -624,10 +609,10 @@ def export_adapter(
     base: str | None = None,
     describe: Callable[[GPT, Tokenizer | None], str] | None = None,
 ) -> None:
-    """Write a new folder with the adapter of a source, which is checked against its base.
+    """Write a new folder with the adapter of a source, after loading it onto its base.
 
     base      the id on the hub under which others find the base; None: the name that the adapter has for it
-    describe  makes the README.md, given the model with its adapter and the tokenizer
+    describe  returns the README.md, given the model with its adapter and the tokenizer
     """
     adapter = read_adapter(resolve(source))
     if base is not None:
@@ -635,28 +620,7 @@ def export_adapter(
             raise ConfigError(f"--base: expected an id on the hub (OWNER/NAME), got {base!r}")
         adapter = adapter._replace(base=base)
     model, tokenizer = load_model(source, merge=False)
-    with _new_folder(Path(folder)) as unfinished:
-        _fill_adapter_folder(unfinished, adapter, tokenizer, dtype)
+    with new_folder(Path(folder)) as temporary:
+        _fill_adapter_folder(temporary, adapter, tokenizer, dtype)
         if describe is not None:
-            (unfinished / "README.md").write_text(describe(model, tokenizer), encoding="utf-8")
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to be filled, which then becomes `folder`; or vanishes, if filling it fails."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: expected a new or empty folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's folders are private, and so are safetensors' files
-        for file in unfinished.iterdir():
-            file.chmod(0o644)
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+            (temporary / "README.md").write_text(describe(model, tokenizer), encoding="utf-8")

@@ -50,8 +50,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> d
 def theirs(folder: Path, file: str) -> transformers.PreTrainedModel:
     """What transformers makes of the file. Scaling and size of heads it takes from config.json: it reads neither."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    how = {"gguf_file": file, "config": config, "dtype": torch.float32}
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return load(folder, gguf_file=file, config=config, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "llama3"])
@@ -63,7 +63,7 @@ def test_transformers_computes_the_same_logits_from_the_file(kind: str, folders:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_matrices_are_in_the_dtype_asked_for_and_vectors_in_fp32(dtype: str, folders: dict[str, Path], tmp_path: Path):
+def test_matrices_have_the_requested_dtype_and_vectors_fp32(dtype: str, folders: dict[str, Path], tmp_path: Path):
     write_gguf(folders["qwen2"], folders["qwen2"] / f"{dtype}.gguf", getattr(torch, dtype))
     ours, _ = load_model(folders["qwen2"], dtype=getattr(torch, dtype))
     with torch.no_grad():
@@ -140,14 +140,16 @@ def routed() -> GPT:
     ],
     ids=["routed", "j", "gpt2", "biases", "dynamic", "llama3", "attention_factor"],
 )
-def test_what_llama_cpp_would_compute_otherwise_is_refused(build, reason: str, tokenizer: Tokenizer, tmp_path: Path):
+def test_models_that_llama_cpp_would_compute_differently_are_refused(
+    build, reason: str, tokenizer: Tokenizer, tmp_path: Path
+):
     export(build(), tokenizer, tmp_path / "model")
     with pytest.raises(CheckpointError, match=reason):
         write_gguf(tmp_path / "model", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(tmp_path: Path):
+def test_a_tokenizer_that_llama_cpp_would_split_differently_is_refused(tmp_path: Path):
     def refusal(tokenizer: Tokenizer | None) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         export(shape("qwen2"), tokenizer, folder)
@@ -185,9 +187,9 @@ def test_a_file_is_there_when_it_is_complete_or_not_at_all(folders: dict[str, Pa
         write_gguf(folders["qwen2"], tmp_path / "out.gguf")
 
 
-def test_the_command_writes_a_file_and_tells_of_nfc(folders: dict[str, Path], tmp_path: Path, capsys):
+def test_the_command_writes_a_file_and_notes_the_missing_nfc(folders: dict[str, Path], tmp_path: Path, capsys):
     checkpoint.main(["gguf", str(folders["llama"]), str(tmp_path / "out.gguf"), "--dtype", "float16"])
-    assert "does not bring text to NFC" in capsys.readouterr().out
+    assert "does not normalise text to NFC" in capsys.readouterr().out
     assert oct((tmp_path / "out.gguf").stat().st_mode & 0o777) == "0o644"
     with pytest.raises((SystemExit, ConfigError)):
         checkpoint.main(["gguf", str(folders["llama"]), str(tmp_path / "x.gguf"), "--dtype", "int4"])
@@ -209,12 +211,12 @@ def ask(path, **body):
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
     return json.loads(urllib.request.urlopen(request, timeout=60).read())
-asked = json.load(sys.stdin)
-how = {"n_predict": 40, "temperature": 0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
+question = json.load(sys.stdin)
+options = {"n_predict": 40, "temperature": 0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
 answer = {
-    "ids": [ask("/tokenize", content=text)["tokens"] for text in asked["texts"]],
-    "new": [ask("/completion", prompt=ids, **how)["tokens"] for ids in asked["prompts"]],
-    "chat": ask("/apply-template", messages=asked["chat"])["prompt"],
+    "ids": [ask("/tokenize", content=text)["tokens"] for text in question["texts"]],
+    "new": [ask("/completion", prompt=ids, **options)["tokens"] for ids in question["prompts"]],
+    "chat": ask("/apply-template", messages=question["chat"])["prompt"],
 }
 print("ANSWER" + json.dumps(answer), flush=True)
 os._exit(0)

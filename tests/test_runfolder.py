@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanoqwen import runfolder
@@ -56,6 +57,20 @@ FILES = {
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return load_tokenizer("bytes")
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is warned of. A test that does not ask for it fails at a warning."""
+    texts: list[str] = []
+    monkeypatch.setattr(runfolder, "warn", texts.append)
+    return texts
+
+
+@pytest.fixture(autouse=True)
+def no_warnings(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "warnings" not in request.fixturenames:
+        monkeypatch.setattr(runfolder, "warn", pytest.fail)
 
 
 def optimizer_of(gpt: torch.nn.Module, step: int) -> dict[str, torch.Tensor]:
@@ -129,12 +144,12 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path, tokenizer: Tokenizer):
         "tiniest": torch.tensor([-0.0, 1e-45]),
     }
     state = trainer_state(3) | {"best": {"step": None, "loss": float("inf")}, "lr": 0.1 + 0.2}
-    folder, found = save(
+    folder, new_digest = save(
         tmp_path / "runs/a", 3, model=gpt, tokenizer=tokenizer, optimizer=optimizer, state=state, keep=1
     )
     assert folder == at(tmp_path / "runs/a", 3)
     assert {path.name for path in folder.iterdir()} == FILES
-    assert verify(folder) == verify(tmp_path / "runs/a") == digest(folder) == found
+    assert verify(folder) == verify(tmp_path / "runs/a") == digest(folder) == new_digest
 
     stored, read_tokenizer = load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(gpt.state_dict().values(), stored.state_dict().values(), strict=True))
@@ -170,8 +185,8 @@ def test_the_digest_tells_what_changed(run: Path, tmp_path: Path, changed: str):
     else:
         state[changed] = 1
     more = {"optimizer": optimizer, "state": state, "keep": 1, "tokenizer": None}
-    _, found = save(tmp_path / "other", 6 if changed == "step" else 5, model=gpt, **more)
-    assert found != digest(at(run, 5))
+    _, new_digest = save(tmp_path / "other", 6 if changed == "step" else 5, model=gpt, **more)
+    assert new_digest != digest(at(run, 5))
 
 
 def test_transformers_loads_the_folder(run: Path):
@@ -189,7 +204,7 @@ def test_transformers_loads_the_folder(run: Path):
 
 def test_a_function_may_write_the_weights(tmp_path: Path):
     weights = {"w": torch.arange(6.0).view(2, 3)}
-    folder, found = save(
+    folder, new_digest = save(
         tmp_path / "run",
         2,
         model=lambda folder: save_file(weights, folder / "adapter_model.safetensors"),
@@ -198,7 +213,7 @@ def test_a_function_may_write_the_weights(tmp_path: Path):
         state={},
         keep=1,
     )
-    assert verify(folder) == found
+    assert verify(folder) == new_digest
     assert load_trainer_state(folder)[0]["w"].tolist() == torch.ones(2, 3).tolist()
 
 
@@ -223,21 +238,21 @@ def test_keep_counts_whole_checkpoints_and_leaves_later_ones_alone(run: Path):
 
 def test_a_damaged_checkpoint_is_written_again(run: Path, tokenizer: Tokenizer):
     (at(run, 10) / "model.safetensors").write_bytes(b"")
-    folder, found = write(run, 10, tokenizer)
+    folder, new_digest = write(run, 10, tokenizer)
     assert steps(run) == [5, 10]
-    assert verify(folder) == found
+    assert verify(folder) == new_digest
 
 
 def test_the_step_decides_not_the_time(run: Path):
     for path in [at(run, 5), *at(run, 5).iterdir()]:
         os.utime(path, (2**31, 2**31))
-    assert newest_valid(run, pytest.fail) == at(run, 10)
+    assert newest_valid(run) == at(run, 10)
 
 
 def test_no_checkpoint_at_all_is_none(tmp_path: Path):
-    assert newest_valid(tmp_path / "run", pytest.fail) is None
+    assert newest_valid(tmp_path / "run") is None
     (tmp_path / "checkpoints" / ".tmp-0123").mkdir(parents=True)
-    assert newest_valid(tmp_path, pytest.fail) is None
+    assert newest_valid(tmp_path) is None
     with pytest.raises(CheckpointError, match="no checkpoint"):
         verify(tmp_path)
     with pytest.raises(CheckpointError, match=r"manifest\.json: missing"):
@@ -258,7 +273,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_c1_a_damaged_checkpoint_is_left_aside_with_one_warning(run: Path, name: str, damage: str):
+def test_c1_a_damaged_checkpoint_is_ignored_with_one_warning(run: Path, name: str, damage: str, warnings: list[str]):
     for step in (10, 5):
         file = at(run, step) / name
         broken = DAMAGES[damage](file.read_bytes())
@@ -267,16 +282,16 @@ def test_c1_a_damaged_checkpoint_is_left_aside_with_one_warning(run: Path, name:
         else:
             file.write_bytes(broken)
         before = tree(run)
-        warnings: list[str] = []
         if step == 10:
-            assert newest_valid(run, warnings.append) == at(run, 5)
+            assert newest_valid(run) == at(run, 5)
             assert len(warnings) == 1
             assert f"{at(run, 10) / name}" in warnings[0]
         else:
             with pytest.raises(CheckpointError, match="none of its 2 checkpoints") as error:
-                newest_valid(run, warnings.append)
+                newest_valid(run)
             assert error.value.exit_code == 4
             assert len(warnings) == 2
+        warnings.clear()
         with pytest.raises(CheckpointError, match=re.escape(name)):
             verify(at(run, step))
         assert tree(run) == before
@@ -286,10 +301,9 @@ def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in folder.rglob("*")}
 
 
-def test_c1_an_empty_folder_is_damage_too(run: Path):
+def test_c1_an_empty_folder_is_damage_too(run: Path, warnings: list[str]):
     at(run, 11).mkdir()
-    warnings: list[str] = []
-    assert newest_valid(run, warnings.append) == at(run, 10)
+    assert newest_valid(run) == at(run, 10)
     assert len(warnings) == 1
 
 
@@ -350,13 +364,13 @@ def edit(folder: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [(0, "older version"), (2, "newer version"), (..., "got none"), ("1", "got '1'"), (True, "got True")],
 )
-def test_c6_another_format_stops_even_beside_an_older_checkpoint(run: Path, value: object, said: str):
+def test_c6_another_format_stops_even_beside_an_older_checkpoint(run: Path, value: object, message: str):
     edit(at(run, 10), format=value)
-    for check in (verify, load_trainer_state, lambda folder: newest_valid(run, pytest.fail)):
-        with pytest.raises(CheckpointError, match=said) as error:
+    for check in (verify, load_trainer_state, lambda folder: newest_valid(run)):
+        with pytest.raises(CheckpointError, match=message) as error:
             check(at(run, 10))
         assert error.value.exit_code == 4
 
@@ -411,7 +425,7 @@ class Canary:
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_s1_a_pickle_is_never_run(run: Path, tmp_path: Path, name: str):
+def test_s1_a_pickle_is_never_run(run: Path, tmp_path: Path, name: str, warnings: list[str]):
     canary = tmp_path / "canary"
     shutil.rmtree(at(run, 5))
     (at(run, 10) / name).write_bytes(pickle.dumps(Canary(canary)))
@@ -419,7 +433,7 @@ def test_s1_a_pickle_is_never_run(run: Path, tmp_path: Path, name: str):
         sign(at(run, 10))
 
     def use() -> None:
-        newest = newest_valid(run, lambda text: None)
+        newest = newest_valid(run)
         load_trainer_state(newest)
         load_model(newest)
 
@@ -430,7 +444,7 @@ def test_s1_a_pickle_is_never_run(run: Path, tmp_path: Path, name: str):
 
 # --- crashes ----------------------------------------------------------------------------------------------------------
 
-# In a forked child a save is killed, or told that the disk is full, at its k-th file operation, for every k. Python
+# In a forked child a save is killed, or gets the error of a full disk, at its k-th file operation, for every k. Python
 # announces each open, mkdir, rename, remove, chmod and listdir to an audit hook before it happens.
 CRASHES = """
 import os, shutil, signal, sys
@@ -443,10 +457,11 @@ base, work = Path(sys.argv[3]), Path(sys.argv[4])
 tokenizer, gpt = t.load_tokenizer("bytes"), t.tiny.model(seed=15, **t.SHAPE)
 
 os.fsync = lambda descriptor: None  # nobody pulls the plug here
+runfolder.warn = lambda text: None
 
 def write(run, step):
     runfolder.save(run, step, model=gpt, tokenizer=tokenizer, optimizer=t.optimizer_of(gpt, step),
-                   state=t.trainer_state(step), keep=2, warn=lambda text: None)
+                   state=t.trainer_state(step), keep=2)
 
 def faulty_write(run, step, k, fault):
     count = 0
@@ -476,14 +491,18 @@ for fault, step in (("kill", 15), ("kill", 10), ("full", 15), ("full", 10)):
             faulty_write(run, step, k, fault)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert code in ((-9, 100) if fault == "kill" else (0, 6, 100)), (step, k, code)
-        newest = runfolder.newest_valid(run, lambda text: sys.exit(f"{step}, {k}: {text}"))
+        runfolder.warn = lambda text: sys.exit(f"{step}, {k}: {text}")
+        newest = runfolder.newest_valid(run)
         number = int(newest.name[-8:])
         assert number == step or runfolder.verify(newest) == before, (step, k)
         assert number == step or code != 0, (step, k)
         names = [path.name for path in (run / "checkpoints").iterdir()]
         assert code != 6 or not any(name.startswith(".tmp") for name in names), (step, k, names)
+        runfolder.warn = lambda text: None
         write(run, 20)
-        assert t.steps(run)[-1:] == [20] and runfolder.newest_valid(run, sys.exit) == t.at(run, 20), (step, k)
+        runfolder.warn = sys.exit
+        assert t.steps(run)[-1:] == [20] and runfolder.newest_valid(run) == t.at(run, 20), (step, k)
+        runfolder.warn = lambda text: None
         shutil.rmtree(run)
         if code == 100:
             print(k)
@@ -530,7 +549,7 @@ def test_a3_a_kill_at_a_system_call(originals: Path, tmp_path: Path, call: str):
         run = shutil.copytree(originals, tmp_path / f"{call}-{k}")
         inject = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={call}:signal=SIGKILL:when={k}"]
         code = subprocess.run([*inject, *save_command(run, 15)], capture_output=True, timeout=60).returncode
-        newest = newest_valid(run, pytest.fail)
+        newest = newest_valid(run)
         assert newest == at(run, 15) or (newest == at(run, 10) and code), (k, code)
         write(run, 20, keep=2)
         assert steps(run)[-1] == 20
@@ -559,36 +578,35 @@ def test_a4_synced_then_renamed_then_synced(originals: Path, tmp_path: Path):
         manifest = max(i for i in range(n) if re.search(rf"fsync\(\d+<{unfinished}/manifest.json>", lines[i]))
         assert any(re.search(rf"fsync\(\d+<{unfinished}>\) += 0", lines[i]) for i in range(manifest, n))
         assert re.search(rf"fsync\(\d+<{run}/checkpoints>\) += 0", " ".join(lines[n + 1 : n + 4]))
-        told = next(i for i in range(n, len(lines)) if f'"CKPT {at(run, step)}' in lines[i])
-        deleted = [i for i in range(n, told) if re.search(r'(rename\(".*"\.?.*/\.del-|unlink)', lines[i])]
+        printed = next(i for i in range(n, len(lines)) if f'"CKPT {at(run, step)}' in lines[i])
+        deleted = [i for i in range(n, printed) if re.search(r'(rename\(".*"\.?.*/\.del-|unlink)', lines[i])]
         assert deleted
         assert min(deleted) > n + 2
     assert steps(run) == [20, 25]
 
 
-def test_b7_deletes_that_fail_are_warned_of(run: Path, monkeypatch: pytest.MonkeyPatch):
-    warnings: list[str] = []
+def test_b7_deletes_that_fail_are_warned_of(run: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]):
 
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(1, "Operation not permitted", str(path))
 
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    folder, found = write(run, 15, keep=1, warn=warnings.append)
-    assert verify(folder) == found
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        folder, saved = write(run, 15, keep=1)
+    assert verify(folder) == saved
     assert len(warnings) == 2
     assert all("Operation not permitted" in text for text in warnings)
-    monkeypatch.undo()
-    write(run, 20, keep=1, warn=pytest.fail)
+    write(run, 20, keep=1)
+    assert len(warnings) == 2
     assert steps(run) == [20]
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("chattr"), reason="needs root and chattr")
-def test_b7_an_immutable_checkpoint(run: Path):
+def test_b7_an_immutable_checkpoint(run: Path, warnings: list[str]):
     if subprocess.run(["chattr", "+i", str(at(run, 5))], capture_output=True).returncode:
         pytest.skip("this file system has no immutable files")
     try:
-        warnings: list[str] = []
-        write(run, 15, keep=1, warn=warnings.append)
+        write(run, 15, keep=1)
         assert len(warnings) == 1
         assert steps(run) == [5, 15]
     finally:
@@ -690,8 +708,8 @@ def test_b3_no_room_before_the_start(tmp_path: Path, run: Path, monkeypatch: pyt
         OSError(28, "No space left on device"),
         OSError(122, "Disk quota exceeded"),
         RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed: No space left on device"),
-        runfolder.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        runfolder.SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"),
     ],
 )
 def test_libraries_have_their_own_words_for_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
@@ -749,12 +767,12 @@ def test_what_a_killed_write_left_is_removed_by_the_next_save(run: Path):
     assert sorted(path.name for path in run.iterdir()) == [".tmp-export", "checkpoints"]
 
 
-def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_status(tmp_path: Path, warnings: list[str]):
     write_status(tmp_path, "failed", 7, 'the "loss" is\nnot finite \u2028')
     status = json.loads((tmp_path / "status.json").read_text())
     assert status == {"status": "failed", "code": 7, "reason": 'the "loss" is\nnot finite \u2028'}
     write_status(tmp_path / "gone", "failed", 7, "")
-    assert "warning: status not recorded" in capsys.readouterr().err
+    assert "status not recorded" in warnings[0]
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
@@ -782,9 +800,9 @@ def hold(run: Path, seconds: float) -> subprocess.Popen[str]:
 
 def test_i1_one_of_two_runs_holds_the_folder(tmp_path: Path):
     both = [hold(tmp_path / "run", 2), hold(tmp_path / "run", 2)]
-    said = sorted(process.communicate(timeout=60)[0] for process in both)
+    printed = sorted(process.communicate(timeout=60)[0] for process in both)
     assert sorted(process.returncode for process in both) == [0, 5]
-    assert said == [f"{tmp_path / 'run'}: busy, another run is writing to this folder\n", "held\n"]
+    assert printed == [f"{tmp_path / 'run'}: busy, another run is writing to this folder\n", "held\n"]
 
 
 def test_i2_a_killed_run_blocks_nobody(tmp_path: Path):

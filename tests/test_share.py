@@ -63,7 +63,7 @@ def main_as(script: str, main: Callable[[list[str]], int], words: list[str]) -> 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of train.py, called with what must not be told."""
+    """A run of train.py, whose command and paths hold secrets."""
     root = tmp_path_factory.mktemp("jane")
     (root / "corpus").mkdir()
     listed = runs.options(
@@ -199,7 +199,7 @@ def test_the_front_matter_is_what_the_hub_reads(name: str, folders: dict[str, Pa
     assert ("lora" in data.tags) == apart
 
 
-def test_figures_are_those_of_the_run(folders: dict[str, Path], pretrained: Path, chat_run: Path):
+def test_losses_are_those_of_the_run(folders: dict[str, Path], pretrained: Path, chat_run: Path):
     for name, run in (("base", pretrained), ("chat", chat_run)):
         rows = runs.lines(run / "metrics.jsonl")
         step = int(resolve(run).name[5:])
@@ -228,11 +228,11 @@ def test_lineage_names_code_weights_base_and_hashes(folders: dict[str, Path], pr
     assert load_tokenizer(folders["chat"]).hash[:16] in text
 
 
-def test_reports_of_evaluations_are_told(pretrained: Path, tmp_path: Path):
+def test_a_card_has_the_metrics_of_evaluation_reports(pretrained: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(pretrained, run)
-    share_of = {"count": 1, "of": 4, "value": 0.25, "interval": [0, 1]}
-    scores = {"fine-tuned": {"all rows": {"attack_success": share_of}, "new family": {"attack_success": share_of}}}
+    fraction = {"count": 1, "of": 4, "value": 0.25, "interval": [0, 1]}
+    scores = {"fine-tuned": {"all rows": {"attack_success": fraction}, "new family": {"attack_success": fraction}}}
     (run / "injection.json").write_text(json.dumps({"model": "/home/jane/x/step-8", "scores": scores, "answers": [1]}))
     (run / "harness.json").write_text(json.dumps({"results": {"arc": {"acc,none": 0.5}}, "config": {"limit": 3}}))
     heldout = {"seed": 7777, "versions": {"torch": "2"}, "model": {"loss": {"value": 1.25, "standard_error": 0.5}}}
@@ -263,7 +263,7 @@ def test_no_secret_and_no_folder_of_the_user_is_in_a_card(name: str, folders: di
 
 
 @pytest.mark.parametrize(
-    ("told", "shown"),
+    ("text", "redacted"),
     [
         ("/home/jane/data/a.txt", "…/a.txt"),
         ("--data.train=/home/jane doe/x/a b.txt", "--data.train=…/a b.txt"),
@@ -282,10 +282,10 @@ def test_no_secret_and_no_folder_of_the_user_is_in_a_card(name: str, folders: di
         ("3 / 4", "3 / 4"),
     ],
 )
-def test_what_is_public_of_a_text(told: str, shown: str, monkeypatch: pytest.MonkeyPatch):
+def test_secrets_and_folders_are_redacted(text: str, redacted: str, monkeypatch: pytest.MonkeyPatch):
     for home in ("/", "/srv/people/joe", None):  # whoever exports need not be who trained
         monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME")
-        assert card_module.public(told) == shown
+        assert card_module.redact(text) == redacted
 
 
 NASTY = [
@@ -295,25 +295,30 @@ NASTY = [
 
 
 @pytest.mark.parametrize("text", NASTY, ids=repr)
-def test_text_of_a_run_stays_inert(text: str, tmp_path: Path):
+def test_text_of_a_run_stays_inert(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """CommonMark: within a code span nothing acts but a run of backticks of the fence's length."""
-    span = card_module.code(text)
+    span = card_module.code_span(text)
     fence = re.match("`+", span)[0]
     inner = span.removeprefix(fence).removesuffix(fence)
     assert span == fence + inner + fence
     assert not re.search(rf"(?<!`){fence}(?!`)", inner)
     assert inner.strip("` ") or not text.strip("` ")
     assert not set("\n|\x1b\u202e") & set(span)
-    model = tiny.model(vocab_size=300)
-    origin = card_module.Origin({"step": 1, "config": {"data": {"train": [text]}}}, {"command": [text, text]}, [], {})
-    front = card_module._front_matter(text, model, origin, None, apart=False)
-    assert yaml.safe_load(front)["model_name"].strip() == card_module.one_line(card_module.public(text)).strip()
-    assert yaml.safe_load(front).keys() == {"library_name", "pipeline_tag", "model_name", "tags"}
-    card = f"---\n{front}---\n\n{card_module._training(origin, None)}\n"
-    assert huggingface_hub.ModelCard(card).data.license is None
-    outside = re.sub(r"(`+)sh\n.*?\n\1\n", "", card_module._training(origin, None) + "\n", flags=re.DOTALL)
-    assert "\n#" not in outside
-    assert outside.count("\n") <= 4
+    model, run, cards = tiny.model(vocab_size=300), tmp_path / "checkpoints" / "step-00000001", []
+    export(model, None, run)
+    for value in (text, "harmless"):
+        origin = card_module.Origin(
+            {"step": 1, "config": {"data": {"train": [value]}}}, {"command": [value] * 2}, [], {}
+        )
+        monkeypatch.setattr(card_module, "origin_of", lambda _, origin=origin: origin)
+        cards.append(card_module.card(value, run, model, None))
+    front = yaml.safe_load(cards[0].split("\n---\n")[0].removeprefix("---\n"))
+    assert front["model_name"].strip() == card_module.one_line(card_module.redact(text)).strip()
+    assert front.keys() == {"library_name", "pipeline_tag", "model_name", "tags"}
+    assert huggingface_hub.ModelCard(cards[0]).data.license is None
+    outside = [re.sub(r"(`+)(sh|python)\n.*?\n\1\n", "", card, flags=re.DOTALL).splitlines() for card in cards]
+    assert len(outside[0]) == len(outside[1])
+    assert [line for line in outside[0][8:] if line.startswith("#")][1:] == ["## Use", "## Training", "## Lineage"]
 
 
 def test_a_card_for_weights_from_elsewhere_and_for_routed_ones(tmp_path: Path):
@@ -321,7 +326,7 @@ def test_a_card_for_weights_from_elsewhere_and_for_routed_ones(tmp_path: Path):
     checkpoint.main(["export", str(tmp_path / "plain"), str(tmp_path / "again")])
     text = text_of(tmp_path / "again")
     assert "Not recorded" in text
-    assert "PreTrainedTokenizerFast reads it" in text or "PreTrainedTokenizerFast.from_pretrained reads it" in text
+    assert "PreTrainedTokenizerFast.from_pretrained reads it" in text
     gpt = build_model(tiny.config(vocab_size=300), RoutingConfig(kind="mod"))
     export(gpt, None, tmp_path / "routed")
     checkpoint.main(["export", str(tmp_path / "routed"), str(tmp_path / "routed2")])
@@ -331,17 +336,17 @@ def test_a_card_for_weights_from_elsewhere_and_for_routed_ones(tmp_path: Path):
     assert "mod" in huggingface_hub.ModelCard(text).data.tags
 
 
-def test_a_base_on_the_hub_is_named_and_a_vanished_run_is_not_taken_for_one(pretrained: Path, tmp_path: Path):
+def test_a_base_on_the_hub_is_named_and_a_deleted_run_is_not_taken_for_one(pretrained: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(pretrained, run)
     file = resolve(run) / "state.json"
-    for base, named in (("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("runs/gone", None), ("/x/gone", None)):
+    for base, base_model in (("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("runs/gone", None), ("/x/gone", None)):
         state = json.loads(file.read_text())
         state["config"]["finetune"]["base_ckpt"] = base
         file.write_text(json.dumps(state))
         checkpoint.main(["export", str(run), str(tmp_path / f"out{len(base)}")])
         card = huggingface_hub.ModelCard(text_of(tmp_path / f"out{len(base)}"))
-        assert card.data.base_model == named
+        assert card.data.base_model == base_model
         assert "base: `" in card.text
 
 
@@ -362,15 +367,15 @@ def test_nothing_is_half_exported(pretrained: Path, chat_run: Path, tmp_path: Pa
             assert not list(tmp_path.iterdir())
 
 
-def test_options_that_do_not_fit_are_told_in_one_line(pretrained: Path, chat_run: Path, tmp_path: Path, capsys):
+def test_options_that_do_not_fit_are_one_line(pretrained: Path, chat_run: Path, tmp_path: Path, capsys):
     out = str(tmp_path / "out")
-    for source, more, said in (
+    for source, more, message in (
         (pretrained, ["--base", "a/b"], "--base: expected an adapter"),
         (pretrained, ["--merge"], "--merge: expected an adapter"),
         (chat_run, ["--base", "no id"], "OWNER/NAME"),
         (chat_run, ["--base", str(tmp_path)], "OWNER/NAME"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             checkpoint.main(["export", str(source), out, *more])
     for size in ("5 apples", "0GB", "-1"):
         with pytest.raises(SystemExit) as left:
@@ -394,7 +399,7 @@ checkpoint.main(sys.argv[1:])
 def test_a_kill_leaves_nothing_under_the_name_asked_for(folders: dict[str, Path], tmp_path: Path):
     outs = {"export": tmp_path / "out", "gguf": tmp_path / "out.gguf"}
     started = [
-        runs.launch(tmp_path / "said", [sys.executable, "-c", KILLED, command, str(folders["base"]), str(out)], HERE)
+        runs.launch(tmp_path / "log", [sys.executable, "-c", KILLED, command, str(folders["base"]), str(out)], HERE)
         for command, out in outs.items()
     ]
     assert [process.wait() for process in started] == [-signal.SIGKILL] * 2
@@ -410,8 +415,8 @@ def test_a_kill_leaves_nothing_under_the_name_asked_for(folders: dict[str, Path]
 def test_the_right_bytes_arrive_where_they_were_sent(the_hub: hub.Hub, folders: dict[str, Path], capsys):
     folder = folders["sharded"]
     checkpoint.main(["push", str(folder), "jane/model", "--private", "--message", "First."])
-    there = the_hub.trees["jane/model", "main"]
-    assert {name: content for name, content in there.items() if name != ".gitattributes"} == {
+    remote = the_hub.trees["jane/model", "main"]
+    assert {name: content for name, content in remote.items() if name != ".gitattributes"} == {
         path.name: path.read_bytes() for path in folder.iterdir()
     }
     assert the_hub.private == {"jane/model": True}
@@ -428,7 +433,7 @@ def test_the_right_bytes_arrive_where_they_were_sent(the_hub: hub.Hub, folders: 
     branch = the_hub.trees["jane/model", "one%2Ffile"]
     assert branch["model.safetensors"] == (folders["base"] / "model.safetensors").read_bytes()
     assert not [name for name in branch if name.startswith("model-") or name.endswith("index.json")]  # no stale ones
-    assert there.keys() >= {"model.safetensors.index.json"}  # main is as it was
+    assert remote.keys() >= {"model.safetensors.index.json"}  # main is as it was
 
 
 def test_the_token_is_in_no_file_and_no_message(
@@ -442,14 +447,14 @@ def test_the_token_is_in_no_file_and_no_message(
         with pytest.raises((ConfigError, CheckpointError)) as error:
             checkpoint.main(["push", str(folder), "jane/other"])
         assert TOKEN not in str(error.value)
-    told = capfd.readouterr()
-    assert TOKEN not in told.out + told.err + caplog.text
+    printed = capfd.readouterr()
+    assert TOKEN not in printed.out + printed.err + caplog.text
     assert not [path for path in folder.rglob("*") if TOKEN.encode() in path.read_bytes()]
     assert not [content for tree in the_hub.trees.values() for content in tree.values() if TOKEN.encode() in content]
 
 
 @pytest.mark.parametrize(
-    ("where", "status", "code", "said"),
+    ("where", "status", "code", "message"),
     [
         ("/api/repos/create", 401, 2, "the token is not accepted"),
         ("/api/repos/create", 403, 2, "forbidden"),
@@ -462,10 +467,10 @@ def test_the_token_is_in_no_file_and_no_message(
     ],
 )
 def test_refusals_are_one_line(
-    where: str, status: int, code: int, said: str, the_hub: hub.Hub, folders: dict[str, Path]
+    where: str, status: int, code: int, message: str, the_hub: hub.Hub, folders: dict[str, Path]
 ):
     the_hub.fails = {where: status}
-    with pytest.raises(Exception, match=said) as error:
+    with pytest.raises(Exception, match=message) as error:
         checkpoint.main(["push", str(folders["base"]), "jane/model"])
     assert exit_code_of(error.value) == code
     assert "\n" not in str(error.value)
@@ -488,12 +493,12 @@ def test_without_a_network_or_a_token_nothing_happens(the_hub: hub.Hub, folders:
 def test_a_private_upload_does_not_go_to_a_public_repository(the_hub: hub.Hub, folders: dict[str, Path]):
     checkpoint.main(["push", str(folders["base"]), "jane/model"])
     before = the_hub.uploaded
-    with pytest.raises(ConfigError, match="there already, and public"):
+    with pytest.raises(ConfigError, match="exists already, and is public"):
         checkpoint.main(["push", str(folders["chat"]), "jane/model", "--private"])
     assert the_hub.uploaded == before
 
 
-def test_a_dry_run_tells_what_would_go_and_asks_nobody(
+def test_a_dry_run_lists_the_files_and_makes_no_request(
     the_hub: hub.Hub, folders: dict[str, Path], tmp_path: Path, capsys
 ):
     folder = tmp_path / "model"
@@ -502,13 +507,13 @@ def test_a_dry_run_tells_what_would_go_and_asks_nobody(
     (folder / ".hidden").mkdir()
     save_file({"x": torch.zeros(2)}, folder / "head.safetensors")
     checkpoint.main(["push", str(folder), "jane/model", "--dry_run", "--private", "--revision", "v1"])
-    told = capsys.readouterr().out
-    assert "jane/model at v1, private" in told
+    printed = capsys.readouterr().out
+    assert "jane/model at v1, private" in printed
     for file in folders["base"].iterdir():
-        assert re.search(rf"{file.stat().st_size:,}  {re.escape(file.name)}\n", told)
-    assert f"{sum(file.stat().st_size for file in folders['base'].iterdir()):,}  bytes in 6 files" in told
+        assert re.search(rf"{file.stat().st_size:,}  {re.escape(file.name)}\n", printed)
+    assert f"{sum(file.stat().st_size for file in folders['base'].iterdir()):,}  bytes in 6 files" in printed
     for name in ("notes.txt", ".hidden", "head.safetensors"):
-        assert f"left out: {name}" in told
+        assert f"left out: {name}" in printed
     assert not the_hub.calls
     checkpoint.main(["push", str(folder), "jane/model"])
     assert not {"notes.txt", "head.safetensors"} & the_hub.trees["jane/model", "main"].keys()
@@ -519,9 +524,9 @@ def test_an_adapter_is_shared_with_the_id_of_its_base_or_not_at_all(the_hub: hub
         checkpoint.main(["push", str(folders["local-adapter"]), "jane/adapter"])
     assert not the_hub.calls
     checkpoint.main(["push", str(folders["adapter"]), "jane/adapter"])
-    there = the_hub.trees["jane/adapter", "main"]
-    assert json.loads(there["adapter_config.json"])["base_model_name_or_path"] == "jane/base"
-    assert json.loads(there["base.json"]).keys() == {"sha256", "tokenizer_hash"}
+    remote = the_hub.trees["jane/adapter", "main"]
+    assert json.loads(remote["adapter_config.json"])["base_model_name_or_path"] == "jane/base"
+    assert json.loads(remote["base.json"]).keys() == {"sha256", "tokenizer_hash"}
 
 
 SPOIL = {

@@ -29,13 +29,20 @@ import torch
 from runs import CHECKPOINTS, ROOT, SAVE_EVERY, STEPS, Started, Starter, at, killed_at, options, reached, rows, steps
 from safetensors.torch import load_file, save_file
 
-from nanoqwen.runfolder import newest_valid, verify
+from nanoqwen import runfolder
+from nanoqwen.runfolder import verify
 
 slow = pytest.mark.slow
 
 
 def no_warning(text: str) -> None:
     pytest.fail(f"a checkpoint was damaged: {text}")
+
+
+def newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runfolder, "warn", warn)
+        return runfolder.newest_valid(run)
 
 
 KEPT = ("step", "loss", "grad_norm", "lr", "targets", "epoch", "cursor", "batch_sha")

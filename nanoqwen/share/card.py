@@ -1,11 +1,7 @@
-"""Sharing a model: the card that says what it is and how it came to be, the upload to a hub, and the commands.
+"""The model card of an exported folder: `card.md` is its text, this file gathers the facts.
 
-    python checkpoint.py export SOURCE FOLDER    the folder gets a README.md, which a hub shows as the model's card
-    python checkpoint.py push FOLDER OWNER/NAME  what is complete is uploaded in one commit; --dry_run only tells what
-
-A card has what the run folder knows: data, command, figures, lineage. Text from there stays text, whatever it spells;
-secrets and the user's folders are left out. The token of the hub comes from HF_TOKEN or `hf auth login`, never from an
-option, and is written nowhere.
+The facts are those on disk: of the model, and of the run folder that it comes from (data, command, losses, lineage).
+Text from there stays text, whatever it spells; secrets and the user's folders are left out.
 """
 
 from __future__ import annotations
@@ -13,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 import torch
@@ -27,48 +24,34 @@ from nanoqwen.hf_format import OWN_TYPE, model_type
 from nanoqwen.run_reader import rows_of
 from nanoqwen.runfolder import SECRET_TEXT
 from nanoqwen.tokenizer import QWEN2_PATTERN, Tokenizer
-from nanoqwen.weights import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    HUB_ID,
-    Adapter,
-    exists,
-    is_adapter,
-    read_adapter,
-    resolve,
-    routed_note,
+from nanoqwen.weights import ADAPTER_WEIGHTS, HUB_ID, Adapter, exists, is_adapter, read_adapter, resolve, routed_note
+
+METRICS_SHOWN = 40  # of a report
+UNRECORDED = "Not recorded in the folder that this was made from."
+AUTOTOKENIZER_NOTE = (
+    "AutoTokenizer takes Qwen2's split pattern for this model_type, which is not this tokenizer's; "
+    "PreTrainedTokenizerFast.from_pretrained reads it as it is"
 )
 
 # --- what a run folder knows ------------------------------------------------------------------------------------------
 
 
 class Origin(NamedTuple):
-    """What a run folder tells of one of its checkpoints. Empty where the weights come from elsewhere."""
+    """What a run folder says about one of its checkpoints. Empty where the weights come from elsewhere."""
 
     state: dict[str, Any]  # state.json of the checkpoint
     source: dict[str, Any]  # source.json: code and command
-    rows: list[dict[str, Any]]  # metrics.jsonl
-    reports: dict[str, dict[str, Any]]  # what eval.py has left beside them, by the name of the file
+    metrics: list[dict[str, Any]]  # metrics.jsonl
+    reports: dict[str, dict[str, Any]]  # of eval.py, by the name of the file
 
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.state.get("config") or {}
+    def section(self, name: str) -> dict[str, Any]:
+        """Of the configuration."""
+        return (self.state.get("config") or {}).get(name) or {}
 
     @property
     def base(self) -> str | None:
         """What the run started from, as it was named then."""
-        return (self.config.get("finetune") or {}).get("base_ckpt")
-
-    @property
-    def data(self) -> list[str]:
-        """Sources of what was trained on."""
-        objective = (self.config.get("finetune") or {}).get("objective")
-        section = ("contrast" if objective == "contrast" else "chat") if self.base else "data"
-        return list((self.config.get(section) or {}).get("train") or [])
-
-    @property
-    def loop(self) -> dict[str, Any]:
-        return self.config.get("finetune" if self.base else "train") or {}
+        return self.section("finetune").get("base_ckpt")
 
 
 def origin_of(folder: Path) -> Origin:
@@ -77,39 +60,44 @@ def origin_of(folder: Path) -> Origin:
         return Origin({}, {}, [], {})
     run = folder.parents[1]
     files = [file for file in sorted(run.glob("*.json")) if file.name not in ("source.json", "status.json")]
-    reports = {file.name: found for file in files if (found := read_json_if_any(file))}
-    rows = [row for row in rows_of(run / "metrics.jsonl") if type(row.get("step")) is int]
-    return Origin(read_json_if_any(folder / "state.json"), read_json_if_any(run / "source.json"), rows, reports)
+    reports = {file.name: report for file in files if (report := read_json_if_any(file))}
+    metrics = [row for row in rows_of(run / "metrics.jsonl") if type(row.get("step")) is int]
+    return Origin(read_json_if_any(folder / "state.json"), read_json_if_any(run / "source.json"), metrics, reports)
 
 
 # --- text from elsewhere ----------------------------------------------------------------------------------------------
 
 # An absolute path, up to what ends it in an option or a list; blanks are a part of it.
 _PATH = re.compile(r"""(?<![\w.:/\\~-])(?:file:/{2,3})?(?:~\w*|[A-Za-z]:)?[/\\][^\s"'\[\],;=|][^"'\[\],;=|]*""")
-_OF_A_PERSON = re.compile(r"""([/\\](?:home|Users)[/\\])[^/\\"'\[\],;=|]+(?=[/\\"'\[\],;=|]|$)""")
+_USER_NAME = re.compile(r"""([/\\](?:home|Users)[/\\])[^/\\"'\[\],;=|]+(?=[/\\"'\[\],;=|]|$)""")
 _QUERY = re.compile(r"(\w://[^\s?#]+)[?#]\S*")  # of an address; keys hide there
 
 
-def public(text: str) -> str:
+def redact(text: str) -> str:
     """Text without secrets, and with nothing of an absolute path but its last part."""
     text = SECRET_TEXT.sub("***", _QUERY.sub(r"\1", text))
     home = os.path.expanduser("~")
     if len(home) > 1:  # in some containers it is /
         text = text.replace(home, "/home/~")
-    text = _OF_A_PERSON.sub(r"\1~", text)
+    text = _USER_NAME.sub(r"\1~", text)
     return _PATH.sub(lambda path: "…/" + re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], text)
 
 
-def code(text: object) -> str:
+def code_span(text: object) -> str:
     """Text in a code span, where no markdown, HTML or YAML in it acts."""
-    line = one_line(public(str(text))).replace("|", "¦")  # which would end a cell of a table
-    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    line = one_line(redact(str(text))).replace("|", "¦")  # a bar would end a cell of a table
+    fence = _fence(line, 1)
     return f"{fence} {line} {fence}" if "`" in line or not line.strip() else f"`{line}`"
 
 
-def _block(text: str, language: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}\n"
+def _fence(text: str, shortest: int) -> str:
+    """More backticks than stand anywhere in a row in the text."""
+    return "`" * max(shortest, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def _table(*rows: Sequence[str]) -> str:
+    """A markdown table; the first row is its header."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------
@@ -129,89 +117,74 @@ def card(
     adapter  of the source, if it has one; `apart`: the folder holds the adapter alone
     """
     folder = resolve(source)
-    origin, parents = origin_of(folder), list(_ancestors(folder, adapter))
-    hub_ids = [parent for parent in [str(source), *parents] if on_hub(parent)]
-    sections = [
-        f"---\n{_front_matter(name, model, origin, next(iter(hub_ids), None), apart)}---",
-        f"# {code(name)}",
-        _what(model, adapter if apart else None, dtype),
-        "## Use",
-        _block(snippet(model, tokenizer, chat=bool(origin.base), apart=apart), "python").rstrip("\n"),
-        *_notes(model, tokenizer, adapter if apart else None),
-        "## Training",
-        _training(origin, tokenizer),
-        *_figures(origin),
-        "## Lineage",
-        _lineage(folder, origin, adapter, parents),
-    ]
-    return SECRET_TEXT.sub("***", "\n\n".join(section.strip("\n") for section in sections if section)) + "\n"
+    origin, bases = origin_of(folder), list(_bases(folder, adapter))
+    facts = {
+        "front_matter": _front_matter(name, model, origin, next(filter(on_hub, [str(source), *bases]), None), apart),
+        "name": code_span(name),
+        "snippet": snippet(model, tokenizer, chat=bool(origin.base), apart=apart),
+        "note": _note(model, tokenizer),
+        "local_base": code_span(adapter.base) if apart and not on_hub(adapter.base) else "",
+        **_description(model, adapter if apart else None, dtype),
+        **_training(origin, tokenizer),
+        "losses": _losses(origin),
+        "reports": "\n\n".join(_reports(origin)),
+        **_lineage(folder, origin, adapter, bases),
+    }
+    return SECRET_TEXT.sub("***", _fill(_text("card.md"), facts))
+
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _fill(template: str, facts: dict[str, str]) -> str:
+    """The template with its fields filled. A line with an empty field is left out, then a section without lines."""
+    lines = [line for line in template.splitlines() if all(facts[field] for field in re.findall(r"{(\w+)}", line))]
+    text = re.sub(r"^## .*\n\s*(?=## |\Z)", "", "\n".join(lines), flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip().format_map(facts) + "\n"
 
 
 def _front_matter(name: str, model: GPT, origin: Origin, base: str | None, apart: bool) -> str:
     kind = model_type(model)
     tags = [OWN_TYPE, kind, *([model.routing.kind] if model.routing else [])]
     tags += ["lora"] * apart + ["conversational"] * bool(origin.base)
-    known = {
+    metadata = {
         "library_name": OWN_TYPE if kind == OWN_TYPE else "peft" if apart else "transformers",
         "pipeline_tag": "text-generation",
-        "model_name": one_line(public(name)),
+        "model_name": one_line(redact(name)),
         **({"base_model": base} if base else {}),
         "tags": list(dict.fromkeys(tags)),
     }
-    return yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=2**20)
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=2**20).rstrip("\n")
 
 
-def _what(model: GPT, adapter: Adapter | None, dtype: torch.dtype | None) -> str:
+def _description(model: GPT, adapter: Adapter | None, dtype: torch.dtype | None) -> dict[str, str]:
     cfg = model.cfg
-    stored = str(dtype or model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    size = sum(p.numel() for p in model.parameters())
-    shape = f"{cfg.num_hidden_layers} layers of width {cfg.hidden_size}, context of {cfg.context:,} tokens"
-    if adapter is None:
-        return f"A language model of type {model_type(model)}: {size:,} parameters in {stored}, {shape}."
-    own = sum(tensor.numel() for tensor in adapter.tensors.values())
-    what = f"An adapter (LoRA of rank {adapter.config.rank}) of {own:,} parameters for a language model of type"
-    return f"{what} {model_type(model)}: {shape}. Without its base it is nothing."
-
-
-_LOAD = """\
-source = "."  # this folder, or its id on a hub
-tokenizer = {reader}.from_pretrained(source)
-model = {loader}.from_pretrained(source)
-"""
-_CONTINUE = """\
-inputs = tokenizer("def ", return_tensors="pt", return_token_type_ids=False)
-ids = model.generate(**inputs, max_new_tokens=40)
-print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
-_CHAT = """\
-messages = [{"role": "user", "content": "What is a list?"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=40)
-print(tokenizer.decode(ids[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-_WITHOUT_TOKENIZER = """\
-model = {loader}.from_pretrained(".")  # this folder, or its id on a hub
-print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=40))"""
-_OWN = """\
-from nanoqwen.weights import load_model  # of the program that wrote this folder
-from model import generate
-
-model, tokenizer = load_model(".")
-ids = generate(model, [{prompt}], max_new_tokens=40, temperature=0.0)[0]
-print({shown})"""
+    stored = dtype or model.model.embed_tokens.weight.dtype
+    return {
+        "type": model_type(model),
+        "shape": f"{cfg.num_hidden_layers} layers of width {cfg.hidden_size}, context of {cfg.context:,} tokens",
+        "dtype": str(stored).removeprefix("torch."),
+        "size": "" if adapter else f"{sum(p.numel() for p in model.parameters()):,}",
+        "rank": str(adapter.config.rank) if adapter else "",
+        "adapter_size": f"{sum(tensor.numel() for tensor in adapter.tensors.values()):,}" if adapter else "",
+    }
 
 
 def snippet(model: GPT, tokenizer: Tokenizer | None, *, chat: bool, apart: bool) -> str:
     """Python that loads the folder it lies in, and uses it. Of an adapter alone, peft loads the base that it names."""
+    snippets = dict(
+        re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)\n```$", _text("snippets.md"), re.DOTALL | re.MULTILINE)
+    )
     if model_type(model) == OWN_TYPE:
-        prompt, shown = ('tokenizer.encode("def ")', "tokenizer.decode(ids)") if tokenizer else ("[1, 2, 3]", "ids")
-        return _OWN.format(prompt=prompt, shown=shown)
+        return snippets["own format, text" if tokenizer else "own format, token ids"]
     package, loader = ("peft", "AutoPeftModelForCausalLM") if apart else ("transformers", "AutoModelForCausalLM")
-    if tokenizer is None:
-        return f"import torch\nfrom {package} import {loader}\n\n{_WITHOUT_TOKENIZER.format(loader=loader)}"
-    reader = "AutoTokenizer" if auto_reads(model, tokenizer) else "PreTrainedTokenizerFast"
-    between = f"\nfrom transformers import {reader}" if apart else f", {reader}"
-    imports = f"from {package} import {loader}{between}"
-    use = _CHAT if chat and tokenizer.chat_template else _CONTINUE
-    return f"{imports}\n\n{_LOAD.format(reader=reader, loader=loader)}\n{use}"
+    imports, reader, kind = f"from {package} import {loader}", "", "token ids"
+    if tokenizer is not None:
+        reader = "AutoTokenizer" if auto_reads(model, tokenizer) else "PreTrainedTokenizerFast"
+        imports += f"\nfrom transformers import {reader}" if apart else f", {reader}"
+        kind = "chat" if chat and tokenizer.chat_template else "text"
+    return Template(snippets[kind]).substitute(imports=imports, loader=loader, reader=reader)
 
 
 def auto_reads(model: GPT, tokenizer: Tokenizer) -> bool:
@@ -219,100 +192,95 @@ def auto_reads(model: GPT, tokenizer: Tokenizer) -> bool:
     return model_type(model) != "qwen2" or (tokenizer.nfc and tokenizer.pattern == QWEN2_PATTERN)
 
 
-AUTOTOKENIZER_NOTE = (
-    "note: AutoTokenizer takes Qwen2's split pattern for this model_type, which is not this tokenizer's; "
-    "PreTrainedTokenizerFast.from_pretrained reads it as it is"
-)
-
-
-def _notes(model: GPT, tokenizer: Tokenizer | None, adapter: Adapter | None) -> Iterator[str]:
+def _note(model: GPT, tokenizer: Tokenizer | None) -> str:
     if model.routing:
-        yield routed_note(model)
-    elif model_type(model) == OWN_TYPE:
-        yield "No class of transformers computes this shape."
-    elif tokenizer is not None and not auto_reads(model, tokenizer):
-        yield AUTOTOKENIZER_NOTE.removeprefix("note: ") + "."
-    if adapter is not None and not on_hub(adapter.base):
-        yield (
-            f"`{ADAPTER_CONFIG}` names its base, {code(adapter.base)}, by the folder in which it lay. "
-            "`checkpoint.py export --base OWNER/NAME` puts an id on a hub there."
-        )
+        return routed_note(model).rstrip("\n")
+    if model_type(model) == OWN_TYPE:
+        return "No class of transformers computes this shape."
+    return f"{AUTOTOKENIZER_NOTE}." if tokenizer is not None and not auto_reads(model, tokenizer) else ""
 
 
-def _training(origin: Origin, tokenizer: Tokenizer | None) -> str:
-    lines = [f"- data: {', '.join(map(code, origin.data))}"] if origin.data else []
-    step, loop = origin.state.get("step"), origin.loop
-    targets = sum(row["targets"] for row in origin.rows if "targets" in row and row["step"] <= (step or 0))
-    if targets:
-        cut = f"{loop.get('batch_tokens', 0):,} positions a step in rows of {loop.get('seq_len', 0):,}"
-        lines.append(f"- trained on {int(targets):,} tokens in {step:,} steps, {cut}")
-    if tokenizer is not None:
-        named = None if origin.base else (origin.config.get("data") or {}).get("tokenizer")
-        known = f"{tokenizer.n_vocab:,} tokens, hash `{tokenizer.hash[:16]}`"
-        lines.append(f"- tokenizer: {f'{code(named)}, ' if named else ''}{known}")
-    words = origin.source.get("command")
-    if isinstance(words, list) and words:
-        shown = [Path(str(words[0])).name, *(one_line(public(str(word))) for word in words[1:])]
-        lines.append("- command:\n\n" + _block("python " + shlex.join(shown), "sh"))
-    return "\n".join(lines) or "Not recorded in the folder that this was made from."
+def _training(origin: Origin, tokenizer: Tokenizer | None) -> dict[str, str]:
+    loop = origin.section("finetune" if origin.base else "train")
+    data = "data" if not origin.base else "contrast" if loop.get("objective") == "contrast" else "chat"
+    step = origin.state.get("step") or 0
+    targets = sum(row["targets"] for row in origin.metrics if "targets" in row and row["step"] <= step)
+    facts = {
+        "data": ", ".join(map(code_span, origin.section(data).get("train") or [])),
+        "targets": f"{int(targets):,}" if targets else "",
+        "tokenizer": f"{tokenizer.n_vocab:,} tokens, hash `{tokenizer.hash[:16]}`" if tokenizer else "",
+        "command": _command(origin.source.get("command")),
+    }
+    facts["no_training"] = "" if any(facts.values()) else UNRECORDED
+    tokenizer_name = None if origin.base else origin.section("data").get("tokenizer")
+    if tokenizer and tokenizer_name:
+        facts["tokenizer"] = f"{code_span(tokenizer_name)}, {facts['tokenizer']}"
+    return facts | {"steps": f"{step:,}"} | {key: f"{loop.get(key) or 0:,}" for key in ("batch_tokens", "seq_len")}
 
 
-def _figures(origin: Origin) -> Iterator[str]:
-    evaluations = {row["step"]: row for row in origin.rows if _number(row.get("val/loss"))}
-    if evaluations:
-        best = min(evaluations.values(), key=lambda row: row["val/loss"])["step"]
-        named = {
-            "these weights": origin.state.get("step"),
-            "lowest val/loss": best,
-            "last of the run": max(evaluations),
-        }
-        lines = ["| step | | val/loss | bits per byte |", "| --- | --- | --- | --- |"]
-        for step in dict.fromkeys(step for step in named.values() if step in evaluations):
-            row, labels = evaluations[step], [label for label, at in named.items() if at == step]
-            bits = row.get("val/bits_per_byte")
-            shown = f"{bits:.4f}" if _number(bits) else ""
-            lines.append(f"| {step:,} | {', '.join(labels)} | {row['val/loss']:.4f} | {shown} |")
-        yield "## Figures"
-        yield "Loss in nats a token, on validation text.\n\n" + "\n".join(lines)
-    for name, report in origin.reports.items():
-        nested = {name: part for name, part in report.items() if isinstance(part, dict)}  # bare numbers are settings
-        figures = list(_leaves(report.get("scores") or report.get("results") or nested))
-        if figures:
-            rows = [f"| {code(label)} | {value:.4g} |" for label, value in figures[:FIGURES_SHOWN]]
-            of = f" of {code(Path(str(report['model'])).name)}" if report.get("model") else ""
-            more = f"\n\n{len(figures) - FIGURES_SHOWN} more in the file." if len(figures) > FIGURES_SHOWN else ""
-            yield f"From {code(name)}{of}:\n\n| figure | value |\n| --- | --- |\n" + "\n".join(rows) + more
+def _command(words: Any) -> str:
+    if not isinstance(words, list) or not words:
+        return ""
+    redacted = [Path(str(words[0])).name, *(one_line(redact(str(word))) for word in words[1:])]
+    line = "python " + shlex.join(redacted)
+    return f"\n\n{_fence(line, 3)}sh\n{line}\n{_fence(line, 3)}"
 
 
-FIGURES_SHOWN = 40  # of a report
+def _losses(origin: Origin) -> str:
+    evaluations = {row["step"]: row for row in origin.metrics if _is_number(row.get("val/loss"))}
+    if not evaluations:
+        return ""
+    labels = {
+        "these weights": origin.state.get("step"),
+        "lowest val/loss": min(evaluations, key=lambda step: evaluations[step]["val/loss"]),
+        "last of the run": max(evaluations),
+    }
+    rows = []
+    for step in dict.fromkeys(step for step in labels.values() if step in evaluations):
+        loss, bits = (evaluations[step].get(f"val/{name}") for name in ("loss", "bits_per_byte"))
+        label = ", ".join(label for label, labelled in labels.items() if labelled == step)
+        rows.append((f"{step:,}", label, f"{loss:.4f}", f"{bits:.4f}" if _is_number(bits) else ""))
+    return "Loss in nats per token, on validation text.\n\n" + _table(("step", "", "val/loss", "bits per byte"), *rows)
 
 
-def _number(value: Any) -> bool:
+def _reports(origin: Origin) -> Iterator[str]:
+    for file_name, report in origin.reports.items():
+        sections = {name: value for name, value in report.items() if isinstance(value, dict)}  # numbers are settings
+        metrics = list(_numbers(report.get("scores") or report.get("results") or sections))
+        if metrics:
+            rows = [(code_span(name), f"{value:.4g}") for name, value in metrics[:METRICS_SHOWN]]
+            model = f" of {code_span(Path(str(report['model'])).name)}" if report.get("model") else ""
+            rest = len(metrics) - METRICS_SHOWN
+            more = f"\n\n{rest} more in the file." if rest > 0 else ""
+            yield f"From {code_span(file_name)}{model}:\n\n{_table(('metric', 'value'), *rows)}{more}"
+
+
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """(name, number) of a report: shares by their value, groups of rows by all of them; lists are left out."""
-    if _number(value):
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """(name, number) of a report: fractions by their value, groups of rows by all of them; lists are left out."""
+    if _is_number(value):
         yield name, value
-    elif isinstance(value, dict) and _number(value.get("value")):
+    elif isinstance(value, dict) and _is_number(value.get("value")):
         yield name, value["value"]
     elif isinstance(value, dict):
-        parts = {"all rows": value["all rows"]} if "all rows" in value else value
-        for key, part in parts.items():
-            yield from _leaves(part, f"{name}, {key}" if name else str(key))
+        groups = {"all rows": value["all rows"]} if "all rows" in value else value
+        for key, group in groups.items():
+            yield from _numbers(group, f"{name}, {key}" if name else str(key))
 
 
 # --- lineage ----------------------------------------------------------------------------------------------------------
 
 
 def on_hub(name: str) -> bool:
-    """Whether a name can only be an id on a hub. A run that has gone away since is none."""
+    """Whether a name can only be an id on a hub. A run folder that has been deleted since is none."""
     return bool(HUB_ID.fullmatch(name)) and not exists(name) and not name.startswith("runs/")
 
 
-def _ancestors(folder: Path, adapter: Adapter | None) -> Iterator[str]:
-    """The bases of a folder, the nearest first, as far as they are here to be asked."""
+def _bases(folder: Path, adapter: Adapter | None) -> Iterator[str]:
+    """The base of a folder, the base of that base, and so on, as far as their folders are here."""
     seen: set[str] = set()
     base = adapter.base if adapter else origin_of(folder).base
     while base and base not in seen:
@@ -326,32 +294,28 @@ def _ancestors(folder: Path, adapter: Adapter | None) -> Iterator[str]:
         base = folder and (adapter.base if adapter else origin_of(folder).base)
 
 
-def _lineage(folder: Path, origin: Origin, adapter: Adapter | None, parents: list[str]) -> str:
-    lines = []
-    if origin.state:
-        run = code(folder.resolve().parents[1].name)
-        lines.append(f"- weights: run {run}, step {origin.state.get('step', 0):,}{_file_hash(folder, adapter)}")
-    if commit := origin.source.get("commit"):
-        changed = " with local changes" if origin.source.get("changes") else ""
-        lines.append(f"- code: commit {code(commit)}{changed}")
-    versions = origin.source.get("versions") or {}
-    if isinstance(versions, dict) and versions:
-        lines.append("- versions: " + code(", ".join(f"{name} {v}" for name, v in versions.items() if v)))
-    for number, base in enumerate(parents):
-        known = f", weights `{adapter.base_hash}`" if adapter and adapter.base_hash and not number else ""
-        lines.append(f"- {'base' if not number else 'made from'}: {code(_run_name(base))}{known}")
-    return "\n".join(lines) or "Not recorded in the folder that this was made from."
-
-
-def _file_hash(folder: Path, adapter: Adapter | None) -> str:
-    files = read_json_if_any(folder / "manifest.json").get("files") or {}
-    found = (files.get(ADAPTER_WEIGHTS if adapter else "model.safetensors") or {}).get("sha256")
-    return f", {'adapter' if adapter else 'file'} `{found}`" if found else ""
+def _lineage(folder: Path, origin: Origin, adapter: Adapter | None, bases: list[str]) -> dict[str, str]:
+    file = ADAPTER_WEIGHTS if adapter else "model.safetensors"
+    manifest = read_json_if_any(folder / "manifest.json").get("files") or {}
+    commit, versions = origin.source.get("commit"), origin.source.get("versions")
+    changed = " with local changes" if origin.source.get("changes") else ""
+    versions = versions if isinstance(versions, dict) else {}
+    base, *ancestors = [code_span(_run_name(base)) for base in bases] or [""]
+    return {
+        "run": code_span(folder.resolve().parents[1].name) if origin.state else "",
+        "step": f"{origin.state.get('step', 0):,}",
+        "weights_file": file,
+        "weights_hash": (origin.state and (manifest.get(file) or {}).get("sha256")) or "",
+        "commit": f"{code_span(commit)}{changed}" if commit else "",
+        "versions": code_span(", ".join(f"{name} {v}" for name, v in versions.items() if v)) if versions else "",
+        "base": base,
+        "base_hash": (adapter and adapter.base_hash) or "",
+        "ancestors": ", ".join(ancestors),
+        "no_lineage": "" if origin.state or commit or versions or bases else UNRECORDED,
+    }
 
 
 def _run_name(base: str) -> str:
-    """RUN/step-N for a checkpoint of a run: of a path the last part alone would not tell much."""
+    """RUN/step-N for a checkpoint of a run: the last part of its path alone would say little."""
     path = Path(base)
-    if path.parent.name == "checkpoints":
-        return f"{path.parents[1].name}/{path.name}"
-    return base
+    return f"{path.parents[1].name}/{path.name}" if path.parent.name == "checkpoints" else base

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanoqwen.errors import CheckpointError, ConfigError, one_line
+from nanoqwen.files import TEMPORARY
 from nanoqwen.hf_format import OWN_TYPE
-from nanoqwen.runfolder import SECRET_TEXT
-from nanoqwen.share.card import on_hub, public
+from nanoqwen.runfolder import DELETED, SECRET_TEXT
+from nanoqwen.share.card import on_hub, redact
 from nanoqwen.weights import ADAPTER_WEIGHTS, BASE_RECORD, is_adapter, load_model, read_adapter, weight_files
 
 # What an exported folder consists of. Anything else beside it stays here.
@@ -28,8 +29,8 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
-class Parcel(NamedTuple):
-    """What goes to the hub, and what of the folder stays."""
+class UploadPlan(NamedTuple):
+    """Which files of a folder are uploaded, and which names are left out."""
 
     files: list[Path]
     left_out: list[str]
@@ -40,42 +41,49 @@ class Parcel(NamedTuple):
         return "\n".join([*rows, total, *(f"  left out: {name}" for name in self.left_out)])
 
 
-def parcel(folder: Path) -> Parcel:
+def plan_upload(folder: Path) -> UploadPlan:
     """The files of an exported folder that is complete; a CheckpointError says why another is not shared."""
-    export_first = f"`python checkpoint.py export {shlex.quote(str(folder))} NEW_FOLDER` writes what can be shared"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected an exported folder, got none")
-    if (folder / "checkpoints").is_dir():
-        raise CheckpointError(f"{folder}: is a run: {export_first}")
     names = sorted(path.name for path in folder.iterdir())
-    if found := [name for name in names if name in _TRAINER]:
-        raise CheckpointError(f"{folder}: is a checkpoint with the state of its trainer ({found[0]}): {export_first}")
-    if found := [name for name in names if Path(name).suffix in _PICKLES]:
-        raise CheckpointError(f"{folder}: {found[0]} is a pickle, which can hold code: {export_first}")
-    if found := [name for name in names if name.startswith((".tmp-", ".del-"))]:
-        raise CheckpointError(f"{folder}: {found[0]} is half of something: {export_first}")
+    if reason := _not_exported(names):
+        command = f"`python checkpoint.py export {shlex.quote(str(folder))} NEW_FOLDER`"
+        raise CheckpointError(f"{folder}: {reason}: {command} writes what can be shared")
     if is_adapter(folder):
-        base = read_adapter(folder).base
-        if not on_hub(base):
-            named = f"--base OWNER/NAME with its id on the hub, or --merge: {export_first}"
+        if not on_hub(read_adapter(folder).base):
             raise CheckpointError(
-                f"{folder}: an adapter of a base in a folder of this machine is of no use there: {named}"
+                f"{folder}: its base is a folder of this machine, so others cannot load this adapter: export it with "
+                "--base OWNER/NAME (the id of its base on the hub) or with --merge"
             )
         weights = {ADAPTER_WEIGHTS}
     else:
-        load_model(folder)  # all of it is there, is readable and fits together
+        load_model(folder)  # an error unless all of it is there, is readable and fits together
         weights = {file.name for file in weight_files(folder)}
     unused = {name for name in names if name.endswith(".safetensors")} - weights
-    wanted = [name for name in names if SHARED.fullmatch(name) and name not in unused and (folder / name).is_file()]
-    _refuse_secrets(folder, wanted)
-    return Parcel([folder / name for name in wanted], [name for name in names if name not in wanted])
+    shared = [name for name in names if SHARED.fullmatch(name) and name not in unused and (folder / name).is_file()]
+    _refuse_secrets(folder, shared)
+    return UploadPlan([folder / name for name in shared], [name for name in names if name not in shared])
+
+
+def _not_exported(names: list[str]) -> str | None:
+    """What tells that a folder with these names was not written by an export."""
+    for name in names:
+        if name == "checkpoints":
+            return "is a run"
+        if name in _TRAINER:
+            return f"is a checkpoint with the state of its trainer ({name})"
+        if Path(name).suffix in _PICKLES:
+            return f"{name} is a pickle, which can hold code"
+        if name.startswith((TEMPORARY, DELETED)):
+            return f"{name} is incomplete"
+    return None
 
 
 def _refuse_secrets(folder: Path, names: list[str]) -> None:
     texts = [name for name in names if name.endswith((".json", ".md", ".jinja"))]
     for name in set(texts) - {"tokenizer.json", "model.safetensors.index.json"}:  # any text may stand in a vocabulary
-        if found := SECRET_TEXT.search((folder / name).read_text(encoding="utf-8", errors="replace")):
-            raise CheckpointError(f"{folder / name}: looks as if it held a secret: {found[0][:4]}...")
+        if secret := SECRET_TEXT.search((folder / name).read_text(encoding="utf-8", errors="replace")):
+            raise CheckpointError(f"{folder / name}: seems to hold a secret: {secret[0][:4]}...")
 
 
 def push(
@@ -89,10 +97,10 @@ def push(
     """Upload an exported folder in one commit; returns the address of the commit.
 
     The repository, and the branch `revision`, are made where they are missing. Weights of an earlier upload that the
-    folder does not have are deleted: a stale model.safetensors would be loaded before newer pieces.
+    folder does not have are deleted: a stale model.safetensors would be loaded instead of newer shards.
     """
     check_repository(repository)
-    files = parcel(Path(folder)).files
+    files = plan_upload(Path(folder)).files
     try:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     except ImportError:
@@ -103,20 +111,21 @@ def push(
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.model_info(repository).private:
-            raise ConfigError(f"{repository}: --private: is there already, and public: make it private in its settings")
+            raise ConfigError(
+                f"{repository}: --private: exists already, and is public: make it private in its settings"
+            )
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        there = {entry.rfilename for entry in api.model_info(repository, revision=revision).siblings or ()}
-        stale = sorted(name for name in there - {file.name for file in files} if _WEIGHTS.fullmatch(name))
-        operations = [CommitOperationAdd(file.name, file) for file in files] + [CommitOperationDelete(n) for n in stale]
-        done = api.create_commit(
-            repository, operations, commit_message=message or "Upload the model", revision=revision
-        )
+        remote = {entry.rfilename for entry in api.model_info(repository, revision=revision).siblings or ()}
+        stale = sorted(name for name in remote - {file.name for file in files} if _WEIGHTS.fullmatch(name))
+        operations = [*(CommitOperationAdd(file.name, file) for file in files), *map(CommitOperationDelete, stale)]
+        message = message or "Upload the model"
+        commit = api.create_commit(repository, operations, commit_message=message, revision=revision)
     except ConfigError:
         raise
     except Exception as error:  # the hub's client raises a dozen kinds, network libraries more
-        raise _refusal(repository, error, get_token() or "") from None
-    return str(done.commit_url)
+        raise _upload_error(repository, error, get_token() or "") from None
+    return str(commit.commit_url)
 
 
 def check_repository(repository: str) -> None:
@@ -124,8 +133,8 @@ def check_repository(repository: str) -> None:
         raise ConfigError(f"push: expected OWNER/NAME, got {repository!r}")
 
 
-# What the person can mend. The rest is for later: no network, a hub that fails.
-_REFUSED = {
+# What the user can mend. Other failures are temporary: no network, an error of the hub.
+_REFUSALS = {
     401: "the token is not accepted (`hf auth login`, or HF_TOKEN, with a token that may write)",
     403: "forbidden: expected a token that may write there, and an owner that is you or your organisation",
     404: "no such owner, repository or branch",
@@ -133,13 +142,13 @@ _REFUSED = {
 }
 
 
-def _refusal(repository: str, error: BaseException, token: str) -> Exception:
-    """One line for what a hub or the way to it says no with; the token is not in it."""
+def _upload_error(repository: str, error: BaseException, token: str) -> Exception:
+    """One line for what the hub or the network answered; it does not contain the token."""
     status = None
-    while status is None and error is not None:  # what an upload fails with is wrapped
+    while status is None and error is not None:  # the client wraps the error of a failed upload
         status = getattr(getattr(error, "response", None), "status_code", None)
         error, last = error.__cause__, error
-    if status in _REFUSED:
-        return ConfigError(f"{repository}: the hub says {status}: {_REFUSED[status]}")
-    reason = public(one_line(str(last).strip() or type(last).__name__))[:300]
+    if status in _REFUSALS:
+        return ConfigError(f"{repository}: the hub answers {status}: {_REFUSALS[status]}")
+    reason = redact(one_line(str(last).strip() or type(last).__name__))[:300]
     return CheckpointError(f"{repository}: not shared: {reason.replace(token, '***') if token else reason}")
