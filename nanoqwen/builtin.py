@@ -12,13 +12,16 @@ benign ones have a harmless remark of about that length, so that length alone te
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
 
-TASKS, INJECTIONS = "builtin:tasks", "builtin:injections"
+DOCSTRINGS, TASKS, INJECTIONS = "builtin:docstrings", "builtin:tasks", "builtin:injections"
 TASK_ROWS = 12_000  # conversations of builtin:tasks
 TRAIN_ROWS, TEST_ROWS = 1_800, 900  # triplets of builtin:injections
 HELD_OUT = "role_play"  # the family that is in no training row
@@ -343,3 +346,40 @@ def triplets(test: bool) -> Iterator[dict[str, Any]]:
 def _essence(text: str) -> str:
     """Texts that differ in white space or case alone count as the same."""
     return "".join(text.lower().split())
+
+
+# --- docstrings -------------------------------------------------------------------------------------------------------
+
+ASKED, ANSWERED = 400, 120  # characters of the built-in set, at most: a tiny model repeats itself in longer functions
+
+
+def docstring_pairs(source: str) -> Iterator[tuple[int, str, str]]:
+    """(line, instruction, function without its docstring) of the short functions of a module that say what they do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the parser, about escapes in other people's strings
+        tree = ast.parse(source)
+    lines = source.split("\n")
+    for node in _functions(tree):
+        if not ast.get_docstring(node):
+            continue
+        text, *body = node.body
+        if not body or text.lineno == node.lineno or body[0].lineno <= text.end_lineno:
+            continue  # nothing to write, or not on lines of its own
+        code = "\n".join(lines[node.lineno - 1 : text.lineno - 1] + lines[text.end_lineno : node.end_lineno])
+        code = textwrap.dedent(code)
+        first, _, rest = code.partition("\n")
+        what = "asynchronous Python function" if isinstance(node, ast.AsyncFunctionDef) else "Python function"
+        about = ast.get_docstring(node).partition("\n\n")[0]
+        request = f"Write the {what} `{node.name}({ast.unparse(node.args)})`.\n\n{about}"
+        answer = f"{first}\n{rest.strip(chr(10))}"
+        if len(request) <= ASKED and len(answer) <= ANSWERED:
+            yield node.lineno, request, answer
+
+
+def _functions(node: Any) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Those among the statements below a node; without its expressions, where most of a tree is."""
+    for name in ("body", "orelse", "handlers", "finalbody"):
+        for child in getattr(node, name, ()):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield child
+            yield from _functions(child)

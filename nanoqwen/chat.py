@@ -16,10 +16,7 @@ Letters in shapes: B rows, T tokens of a row (seq_len), N tokens of a conversati
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import textwrap
-import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanoqwen.builtin import TASKS, conversations
+from nanoqwen.builtin import DOCSTRINGS, TASKS, conversations, docstring_pairs
 from nanoqwen.config import ChatConfig, DataConfig
 from nanoqwen.corpus import (
     ROW_FILES,
@@ -44,13 +41,11 @@ from nanoqwen.corpus import (
     type_name,
 )
 from nanoqwen.errors import DataError
-from nanoqwen.tokenizer import Tokenizer, Turn, chat_turns, joined
+from nanoqwen.tokenizer import IM_END, IM_START, Tokenizer
 
-DOCSTRINGS = "builtin:docstrings"
 SHAPES = "messages, conversations, instruction and output, or prompt and response"
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 PLACES = 5  # rows that are named of those left out for one reason
-ASKED, ANSWERED = 400, 120  # characters of the built-in set, at most: a tiny model repeats itself in longer functions
 
 
 # --- rows to messages -------------------------------------------------------------------------------------------------
@@ -122,38 +117,6 @@ class ChatReader(RowReader):
 # --- the built-in set -------------------------------------------------------------------------------------------------
 
 
-def docstring_pairs(source: str) -> Iterator[tuple[int, str, str]]:
-    """(line, instruction, function without its docstring) of the short functions of a module that say what they do."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the parser, about escapes in other people's strings
-        tree = ast.parse(source)
-    lines = source.split("\n")
-    for node in _functions(tree):
-        if not ast.get_docstring(node):
-            continue
-        text, *body = node.body
-        if not body or text.lineno == node.lineno or body[0].lineno <= text.end_lineno:
-            continue  # nothing to write, or not on lines of its own
-        code = "\n".join(lines[node.lineno - 1 : text.lineno - 1] + lines[text.end_lineno : node.end_lineno])
-        code = textwrap.dedent(code)
-        first, _, rest = code.partition("\n")
-        what = "asynchronous Python function" if isinstance(node, ast.AsyncFunctionDef) else "Python function"
-        about = ast.get_docstring(node).partition("\n\n")[0]
-        request = f"Write the {what} `{node.name}({ast.unparse(node.args)})`.\n\n{about}"
-        answer = f"{first}\n{rest.strip(chr(10))}"
-        if len(request) <= ASKED and len(answer) <= ANSWERED:
-            yield node.lineno, request, answer
-
-
-def _functions(node: Any) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Those among the statements below a node; without its expressions, where most of a tree is."""
-    for name in ("body", "orelse", "handlers", "finalbody"):
-        for child in getattr(node, name, ()):
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield child
-            yield from _functions(child)
-
-
 def _docstring_rows(audit: Audit) -> Iterator[tuple[str, list[Message]]]:
     seen: set[tuple[str, str]] = set()
     for path in python_files():
@@ -168,6 +131,81 @@ def _docstring_rows(audit: Audit) -> Iterator[tuple[str, list[Message]]]:
             if (request, answer) not in seen:
                 seen.add((request, answer))
                 yield f"{path}:{line}", conversation({"prompt": request, "response": answer})
+
+
+# --- messages to turns, in ChatML -------------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    """One message as ids."""
+
+    role: str
+    given: list[int]  # the header; of anyone but an assistant, all of the turn
+    learned: list[int]  # what an assistant has to write: its content and <|im_end|>
+    gap: list[int]  # the newline between turns
+
+    @property
+    def size(self) -> int:
+        return len(self.given) + len(self.learned) + len(self.gap)
+
+
+def chat_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[Turn]:
+    """Each message in ChatML, after the default system message where the tokenizer has one and the messages do not.
+
+    An assistant's header and its content are encoded apart, as they are when a model writes the content, so training
+    and sampling see the same ids.
+    """
+    start, end = tokenizer.special.get(IM_START), tokenizer.special.get(IM_END)
+    if start is None or end is None:
+        raise DataError(f'tokenizer "{tokenizer.name}": a chat needs the control tokens {IM_START} and {IM_END}')
+    turns = [_turn(index, message) for index, message in enumerate(messages)]
+    if not turns:
+        raise DataError("messages: expected at least one message, got none")
+    if turns[0][0] != "system" and tokenizer.default_system is not None:
+        turns.insert(0, ("system", tokenizer.default_system))
+    header, newline = [start, *tokenizer.encode("assistant\n")], tokenizer.encode("\n")
+    found = []
+    for role, content in turns:
+        if role == "assistant":
+            found.append(Turn(role, header, [*tokenizer.encode(content), end], newline))
+        else:
+            found.append(Turn(role, [start, *tokenizer.encode(f"{role}\n{content}"), end], [], newline))
+    return found
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
+) -> tuple[list[int], list[int]]:
+    """ChatML ids, and a mask that is 1 on what an assistant has to write.
+
+    `generate` ends with the open header of an assistant's turn.
+    """
+    ids, mask = joined(chat_turns(messages, tokenizer))
+    if generate:
+        header = [tokenizer.special[IM_START], *tokenizer.encode("assistant\n")]
+        ids += header
+        mask += [0] * len(header)
+    return ids, mask
+
+
+def joined(turns: Iterable[Turn]) -> tuple[list[int], list[int]]:
+    """Ids and mask of turns one after the other."""
+    ids: list[int] = []
+    mask: list[int] = []
+    for turn in turns:
+        ids += turn.given + turn.learned + turn.gap
+        mask += [0] * len(turn.given) + [1] * len(turn.learned) + [0] * len(turn.gap)
+    return ids, mask
+
+
+def _turn(index: int, message: Mapping[str, str]) -> tuple[str, str]:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in ("system", "user", "assistant"):
+        raise DataError(f"message {index}: expected role system, user or assistant, got {role!r}")
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise DataError(f"message {index} ({role}): expected content to be a string, got {content!r:.80}")
+    return role, content
 
 
 # --- messages to examples ---------------------------------------------------------------------------------------------

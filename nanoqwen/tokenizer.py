@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE tokenizers, the ChatML format and streamed decoding."""
+"""Text to token ids and back: byte-level BPE tokenizers and streamed decoding."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import re
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -118,10 +117,6 @@ class Tokenizer:
         for part in self._special_cut.split(text):
             ids += [self.special[part]] if part in self.special else self._encode_content(part)
         return ids
-
-    def encode_batch(self, texts: Iterable[str], num_threads: int = 8) -> list[list[int]]:
-        with ThreadPoolExecutor(num_threads) as pool:  # tiktoken lets go of the interpreter lock
-            return list(pool.map(self.encode, texts))
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as uint32 [T]: a list of Python integers would take a quarter longer to make and to convert."""
@@ -582,75 +577,3 @@ def train_tokenizer(
     config = _config(special_tokens[0], None, CHATML_TEMPLATE if has_chat else None)
     files = {"tokenizer.json": _dump(spec), "tokenizer_config.json": _dump(config)}
     return _from_files("trained", files, Path("trained"), {})
-
-
-class Turn(NamedTuple):
-    """One message as ids."""
-
-    role: str
-    given: list[int]  # the header; of anyone but an assistant, all of the turn
-    learned: list[int]  # what an assistant has to write: its content and <|im_end|>
-    gap: list[int]  # the newline between turns
-
-    @property
-    def size(self) -> int:
-        return len(self.given) + len(self.learned) + len(self.gap)
-
-
-def chat_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[Turn]:
-    """Each message in ChatML, after the default system message where the tokenizer has one and the messages do not.
-
-    An assistant's header and its content are encoded apart, as they are when a model writes the content, so training
-    and sampling see the same ids.
-    """
-    start, end = tokenizer.special.get(IM_START), tokenizer.special.get(IM_END)
-    if start is None or end is None:
-        raise DataError(f'tokenizer "{tokenizer.name}": a chat needs the control tokens {IM_START} and {IM_END}')
-    turns = [_turn(index, message) for index, message in enumerate(messages)]
-    if not turns:
-        raise DataError("messages: expected at least one message, got none")
-    if turns[0][0] != "system" and tokenizer.default_system is not None:
-        turns.insert(0, ("system", tokenizer.default_system))
-    header, newline = [start, *tokenizer.encode("assistant\n")], tokenizer.encode("\n")
-    found = []
-    for role, content in turns:
-        if role == "assistant":
-            found.append(Turn(role, header, [*tokenizer.encode(content), end], newline))
-        else:
-            found.append(Turn(role, [start, *tokenizer.encode(f"{role}\n{content}"), end], [], newline))
-    return found
-
-
-def render_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
-) -> tuple[list[int], list[int]]:
-    """ChatML ids, and a mask that is 1 on what an assistant has to write.
-
-    `generate` ends with the open header of an assistant's turn.
-    """
-    ids, mask = joined(chat_turns(messages, tokenizer))
-    if generate:
-        header = [tokenizer.special[IM_START], *tokenizer.encode("assistant\n")]
-        ids += header
-        mask += [0] * len(header)
-    return ids, mask
-
-
-def joined(turns: Iterable[Turn]) -> tuple[list[int], list[int]]:
-    """Ids and mask of turns one after the other."""
-    ids: list[int] = []
-    mask: list[int] = []
-    for turn in turns:
-        ids += turn.given + turn.learned + turn.gap
-        mask += [0] * len(turn.given) + [1] * len(turn.learned) + [0] * len(turn.gap)
-    return ids, mask
-
-
-def _turn(index: int, message: Mapping[str, str]) -> tuple[str, str]:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if role not in ("system", "user", "assistant"):
-        raise DataError(f"message {index}: expected role system, user or assistant, got {role!r}")
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise DataError(f"message {index} ({role}): expected content to be a string, got {content!r:.80}")
-    return role, content

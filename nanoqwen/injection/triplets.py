@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data import IGNORE, Batch, random_key, shuffled, token_sha
 from nanoqwen.builtin import INJECTIONS, triplets
-from nanoqwen.chat import Audit, Example, packed
+from nanoqwen.chat import Audit, Example, chat_turns, packed
 from nanoqwen.config import ContrastConfig, DataConfig
 from nanoqwen.corpus import (
     ROW_FILES,
@@ -46,7 +46,7 @@ from nanoqwen.corpus import (
     type_name,
 )
 from nanoqwen.errors import DataError
-from nanoqwen.tokenizer import Tokenizer, chat_turns
+from nanoqwen.tokenizer import Tokenizer
 
 INJECTIONS_TEST = f"{INJECTIONS}-test"
 STREAMS = ("benign", "cf", "injection")
