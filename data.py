@@ -2,7 +2,6 @@
 
     python data.py prepare --data.train='corpus/*.jsonl'    tokenise what a configuration names
     python data.py show                                     a sample of what the model will be trained on
-    python data.py bench                                    the rate of `prepare` beside that of tiktoken alone
 
 Letters in shapes: B rows, T tokens of a row (seq_len), V ids.
 """
@@ -12,14 +11,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
-import statistics
 import sys
-import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +34,6 @@ from nanoqwen.corpus import (
     open_corpus,
     prepare,
     short_hash,
-    tokenise,
 )
 from nanoqwen.errors import ConfigError, DataError, escape_terminal, run_script
 from nanoqwen.tokenizer import Tokenizer
@@ -428,48 +421,6 @@ def _readable(ids: list[int], tokenizer: Tokenizer) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-BENCH = 32 << 20  # characters that `bench` tokenises in a turn
-TURNS = 5
-
-
-def benchmark(cfg: DataConfig, tokenizer: Tokenizer, characters: int = BENCH, turns: int = TURNS) -> dict[str, float]:
-    """Tokens per second of `tokenise`, from files to tokens on disk, and of tiktoken's batch call on texts in memory.
-
-    The two take turns, so that a slow moment of the machine hits both. `ratio` is of medians; `cpu_ratio` compares
-    processor seconds, which hold still where other programs compute at the same time.
-    """
-    text = open_corpus(cfg)
-    inputs = [item for _, group in text.groups for item in group]
-    texts = [piece.text for piece in Reader(cfg, inputs, text.split_of, limit=characters)]
-    workers = cfg.workers or os.cpu_count() or 1
-
-    def ours() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenise(Path(folder), Reader(cfg, inputs, text.split_of, limit=characters), tokenizer, progress=False)
-
-    def alone() -> None:
-        tokenizer.encoding.encode_ordinary_batch(texts, num_threads=workers)
-
-    tokens = sum(len(tokenizer.encode_array(text)) for text in texts)
-    seconds = np.array([[*_seconds(alone), *_seconds(ours)] for _ in range(turns)])
-    alone_wall, alone_cpu, ours_wall, ours_cpu = (statistics.median(column) for column in seconds.T.tolist())
-    return {
-        "characters": sum(map(len, texts)),
-        "tokens": tokens,
-        "tiktoken_tokens_per_s": tokens / alone_wall,
-        "prepare_tokens_per_s": tokens / ours_wall,
-        "ratio": alone_wall / ours_wall,
-        "cpu_ratio": alone_cpu / ours_cpu,
-    }
-
-
-def _seconds(action: Callable[[], None]) -> tuple[float, float]:
-    """On the clock, and of the processor."""
-    clock, used = time.perf_counter(), time.process_time()
-    action()
-    return time.perf_counter() - clock, time.process_time() - used
-
-
 def _packed_batch(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
     """Conversations side by side; each is a document of its own, and so is what fills up the row."""
     tokens = np.empty((len(rows), seq_len), np.int64)
@@ -576,10 +527,10 @@ def chat_windows(examples: Sequence[Example], seq_len: int, max_tokens: int, *, 
 
 def main(argv: list[str]) -> int:
 
-    usage = "python data.py prepare|show|bench [FILE.yaml] [--preset NAME] [--key=value ...]"
+    usage = "python data.py prepare|show [FILE.yaml] [--preset NAME] [--key=value ...]"
     command = argv[0] if argv else "--help"
-    if command not in ("prepare", "show", "bench", "-h", "--help"):
-        raise ConfigError(f"{command}: expected prepare, show or bench ({usage})")
+    if command not in ("prepare", "show", "-h", "--help"):
+        raise ConfigError(f"{command}: expected prepare or show ({usage})")
     cfg = load_config([command, *argv[1:]] if command.startswith("-") else argv[1:], "data", usage=usage)
     prepared = prepare(cfg.data, cfg.model.vocab_size)
     tokenizer = prepared.tokenizer
@@ -589,9 +540,6 @@ def main(argv: list[str]) -> int:
         left_out = {name: count for name, count in source.counts.items() if name not in ("train", "val")}
         print(f"{split:<9}  {source.n_documents:,} documents, {len(source):,} tokens, weight {weight:g}, {source.path}")
         print(f"{'':<9}  left out of both splits: {counted(left_out)}" if left_out else "", end="\n" * bool(left_out))
-    if command == "bench":
-        for name, value in benchmark(cfg.data, tokenizer).items():
-            print(f"{name:<22} {value:14,.2f}")
     if command == "show":
         length = cfg.model.max_position_embeddings
         batches = open_batches(cfg.data, prepared, length, 2, cfg.run.seed)

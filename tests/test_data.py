@@ -17,6 +17,7 @@ import tiny
 import torch
 from corpora import EOS, ROOT, documents, jsonl, made, split_at_eos, stream_config, texts, tokens, write_as
 
+import bench
 import data
 from data import IGNORE, Mixture, PretrainBatches, StreamBatches, eval_windows, open_batches, shuffled, token_bytes
 from nanoqwen.config import DataConfig
@@ -381,7 +382,7 @@ def test_the_program(tmp_path, capsys):
 def test_bench_compares_preparation_with_tiktoken(tmp_path, capsys):
     jsonl(tmp_path / "a.jsonl", texts(60))
     options = [f"--data.train={tmp_path}/a.jsonl", f"--cache_dir={tmp_path}/cache", "--tokenizer=bytes"]
-    data.main(["bench", *options, "--val_fraction=0.2"])
+    bench.main(["prepare", *options, "--val_fraction=0.2"])
     said = dict(line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()[-6:])
     assert float(said["tokens"]) == float(said["characters"]) == sum(map(len, texts(60)))
     assert float(said["ratio"]) > 0
@@ -392,7 +393,7 @@ def test_bench_compares_preparation_with_tiktoken(tmp_path, capsys):
 def test_preparation_is_nearly_as_fast_as_tiktoken_alone(tmp_path):
     cfg = DataConfig(cache_dir=str(tmp_path))
     tokenizer = prepare(cfg, 4096, progress=False).tokenizer
-    assert data.benchmark(cfg, tokenizer)["cpu_ratio"] > 0.9
+    assert bench.tokenising_rates(cfg, tokenizer)["cpu_ratio"] > 0.9
 
 
 def test_the_program_leaves_with_3_and_one_line(tmp_path):
