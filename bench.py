@@ -151,7 +151,7 @@ def sft_peer(cfg: Config, folder: Path) -> tuple[Callable[[int], None], ChatBatc
     optimizer = torch.optim.AdamW(trained, lr=loop.lr, fused=True)
 
     def step(number: int) -> None:
-        rows = [example for row in batches.conversations(number, 0, loop.rows) for example in row]
+        rows = [example for row in batches.conversations(number) for example in row]
         model(**padded(rows, device)).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, loop.clip)
         optimizer.step()

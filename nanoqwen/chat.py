@@ -32,9 +32,9 @@ from nanoqwen.corpus import (
     BadRow,
     Input,
     RowReader,
-    essence,
     expand,
     listed,
+    normalized,
     python_files,
     row_object,
     split_by_hash,
@@ -342,7 +342,7 @@ def _digest(messages: Sequence[Message]) -> bytes:
             break
         asked += [message["content"]] if message["role"] == "user" else []
     text = "\n".join(asked) if asked else messages[0]["content"]
-    return hashlib.sha256(essence(text)).digest()[:8]
+    return hashlib.sha256(normalized(text)).digest()[:8]
 
 
 class _Examples:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import IGNORE, Batch, random_key, shuffled, token_sha
+from data import IGNORE, Batch, Batches, pack_rows, random_key, shuffled, split_rows
 from nanoqwen.builtin import INJECTIONS, triplets
 from nanoqwen.chat import Audit, Example, chat_turns, packed
 from nanoqwen.config import ContrastConfig, DataConfig
@@ -37,9 +37,9 @@ from nanoqwen.corpus import (
     BadRow,
     Input,
     RowReader,
-    essence,
     expand,
     listed,
+    normalized,
     reason,
     row_object,
     split_by_hash,
@@ -164,7 +164,7 @@ def _attack(row: Mapping[str, Any]) -> Attack:
 
 
 def _digest(*texts: str) -> str:
-    return hashlib.sha256(repr([essence(text) for text in texts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([normalized(text) for text in texts]).encode()).hexdigest()[:16]
 
 
 class TripletReader(RowReader):
@@ -254,7 +254,7 @@ def straddling(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[str]:
 
 
 def _requests(row: Triplet) -> list[bytes]:
-    return [essence(row.request(stream)) for stream in range(3)]
+    return [normalized(row.request(stream)) for stream in range(3)]
 
 
 def validate(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[Finding]:
@@ -438,25 +438,20 @@ class TripletBatch(NamedTuple):
 def batch_of(
     items: Sequence[Tokenised], slots: Sequence[Sequence[int]], seq_len: int, weights: Sequence[float]
 ) -> TripletBatch:
-    """`slots`: which streams are in each row. Each is a document of its own, and so is what fills up a row."""
-    shape = (len(slots), seq_len)
-    tokens, targets, streams = (np.full(shape, value, np.int64) for value in (0, IGNORE, IGNORE))
-    documents, loss_weights = np.empty(shape, np.int64), np.zeros(shape, np.float32)
+    """The streams of some triplets in rows. `slots`: numbers of the streams in each row."""
+    rows = [[items[number // 3].streams[number % 3] for number in slot] for slot in slots]
     filler = items[0].streams[0].example.ids[-1]
-    for row, members in enumerate(slots):
-        at = 0
-        for number, member in enumerate(members):
-            example, pooled, *_ = items[member // 3].streams[member % 3]
-            end = at + len(example.ids)
-            tokens[row, at:end], documents[row, at:end] = example.ids, number
-            targets[row, at : end - 1] = np.where(example.mask[1:], example.ids[1:], IGNORE)
-            loss_weights[row, at:end] = weights[member % 3]
-            streams[row, at:end] = np.where(pooled, member, IGNORE)
-            at = end
-        tokens[row, at:], documents[row, at:] = filler, len(members)
+    packed_rows = pack_rows([[stream.example for stream in row] for row in rows], seq_len, filler)
+    loss_weights = np.zeros((len(slots), seq_len), np.float32)
+    streams = np.full((len(slots), seq_len), IGNORE, np.int64)
+    for row, slot in enumerate(slots):
+        end = 0
+        for number, stream in zip(slot, rows[row], strict=True):
+            start, end = end, end + len(stream.pooled)
+            loss_weights[row, start:end] = weights[number % 3]
+            streams[row, start:end] = np.where(stream.pooled, number, IGNORE)
     groups = np.array(numbered(item.row.group for item in items))
-    parts = (tokens, targets, documents, loss_weights, streams, groups)
-    return TripletBatch(*map(torch.from_numpy, parts))
+    return TripletBatch(*packed_rows, *map(torch.from_numpy, (loss_weights, streams, groups)))
 
 
 def numbered(names: Iterable[str]) -> list[int]:
@@ -470,12 +465,12 @@ def fits(lengths: Sequence[int], seq_len: int, rows: int) -> bool:
     return max(lengths) <= seq_len and len(packed(lengths, seq_len)) <= rows
 
 
-class TripletBatches:
-    """The global batch of each step, a pure function of (seed, step), as PretrainBatches.
+class TripletBatches(Batches):
+    """Packed triplets.
 
-    The rows of a step are filled with as many triplets as fit, whose streams may lie in any of them. The next step goes
-    on with the next triplet of the epoch's permutation, epochs follow each other without a gap. Where a step begins
-    depends on the lengths before, which costs about a millisecond for each step that is skipped.
+    The rows of a step are filled with as many triplets as fit, whose streams may lie in any of them. The next step
+    continues with the next triplet of the epoch's permutation, epochs follow each other without a gap. Where a step
+    begins depends on the lengths before, which costs about a millisecond for each step that is skipped.
     """
 
     def __init__(
@@ -495,9 +490,6 @@ class TripletBatches:
         self.fingerprint = digest.hexdigest()[:32]
         self._starts = [0]  # of each step: how many triplets came before
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        self._kept: tuple[int, list[int], list[list[int]]] = (-1, [], [])
-
-    isolated = True
 
     @property
     def targets(self) -> float:
@@ -520,15 +512,9 @@ class TripletBatches:
         members = self._members(0, self._start(steps))
         return 1 - self.lengths[members].sum() / (steps * self.rows * self.seq_len)
 
-    def __call__(self, step: int, rank: int = 0, world: int = 1) -> TripletBatch:
+    def make(self, step: int) -> TripletBatch:
         members, slots = self._plan(step)
-        part = slots[self.rows * rank // world : self.rows * (rank + 1) // world]
-        return batch_of([self.items[member] for member in members], part, self.seq_len, self.weights)
-
-    def sha(self, step: int) -> str:
-        """Hash of the tokens and targets of the global batch."""
-        batch = self(step)
-        return token_sha(np.stack([batch.tokens.numpy(), batch.targets.numpy()]))
+        return batch_of([self.items[member] for member in members], slots, self.seq_len, self.weights)
 
     def epoch(self, step: int) -> float:
         """How often, at the start of `step`, as many triplets have come as there are."""
@@ -541,12 +527,9 @@ class TripletBatches:
 
     def _plan(self, step: int) -> tuple[list[int], list[list[int]]]:
         """(the triplets of a step, the streams in each of its rows)"""
-        if self._kept[0] != step:
-            members = self._members(self._start(step), self._start(step + 1))
-            slots = packed(self.lengths[members].flatten().tolist(), self.seq_len)
-            slots += [[] for _ in range(self.rows - len(slots))]
-            self._kept = step, members, slots
-        return self._kept[1:]
+        members = self._members(self._start(step), self._start(step + 1))
+        slots = packed(self.lengths[members].flatten().tolist(), self.seq_len)
+        return members, slots + [[] for _ in range(self.rows - len(slots))]
 
     def _fitting(self, first: int) -> int:
         """How many triplets, from the `first` one on, fit into a step."""
@@ -589,14 +572,11 @@ def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, most: int) ->
 
 
 def triplet_windows(items: Sequence[Tokenised], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
-    """The rows that every evaluation uses, in batches of at most `rows`: the same for any run, rank or world.
-
-    Triplets are taken from all over (`spread`), about as many as fill `max_tokens` positions.
-    """
+    """Rows of packed triplets, as for `data.eval_windows`: a fixed sample of about `max_tokens` positions."""
     chosen = spread(items, max(1, max_tokens * len(items) // sum(sum(item.lengths) for item in items)))
     slots = packed([length for item in chosen for length in item.lengths], seq_len)
     batch = batch_of(chosen, slots, seq_len, (1.0, 1.0, 1.0))
-    return [Batch(*(part[first : first + rows] for part in batch[:3])) for first in range(0, len(slots), rows)]
+    return split_rows(Batch(*batch[:3]), rows)
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
