@@ -3,7 +3,7 @@
 A source is builtin:python (the standard library of the running Python), a file, a glob or a folder of .txt .md .py
 (a document per file), .jsonl .jsonl.gz .jsonl.zst .parquet (a document per row), or a Hugging Face data set: an id
 such as owner/name, or hf:ID_OR_FOLDER[:CONFIG]. Sources without weights are one corpus. As SOURCE=WEIGHT, all of
-them, they are a mixture: each has its share of the rows, whatever its size, and starts anew when it is used up.
+them, they are a mixture: each has its fraction of the rows, whatever its size, and starts again at its end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -62,20 +62,20 @@ class Input(NamedTuple):
 
 def python_files() -> list[Path]:
     """The standard library's own sources, tests included where they are installed."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, inner, files in os.walk(sysconfig.get_paths()["stdlib"]):
         inner[:] = set(inner) - {"site-packages", "dist-packages", "__pycache__"}  # not entered
-        found += (Path(folder, name) for name in files if name.endswith(".py"))
-    return sorted(found)
+        paths += (Path(folder, name) for name in files if name.endswith(".py"))
+    return sorted(paths)
 
 
 def expand(sources: Iterable[str], key: str) -> list[Input]:
     """The files behind sources, each once, in an order that does not depend on the file system."""
-    found: dict[str, Input] = {}
+    inputs: dict[str, Input] = {}
     for source in sources:
         for item in _inputs(source, key):
-            found.setdefault(item.name, item)
-    return list(found.values())
+            inputs.setdefault(item.name, item)
+    return list(inputs.values())
 
 
 def _inputs(source: str, key: str) -> list[Input]:
@@ -163,7 +163,7 @@ def normalized(text: str) -> bytes:
 
 
 class RowReader:
-    """The rows of some inputs, in order, from a cursor on; a subclass says what becomes of one. Bad ones count."""
+    """The rows of some inputs, in order, from a cursor on, as the `items` of a subclass. Malformed rows are counted."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class RowReader:
                     yield from self._line_rows(file, item.path, skip, state)
 
     def _line_rows(self, file: BinaryIO, path: Path, skip: int, place: int | None) -> Iterator[bytes]:
-        """Lines, which end at \\n alone, whatever JSON holds. Of what is not compressed, those before are not read."""
+        """Lines, which end at \\n alone, whatever JSON holds. In a plain file those before are skipped unread."""
         lines, first = _lines(file, path), 0
         if lines is file and place is not None:
             file.seek(place)
@@ -337,8 +337,12 @@ def _text(raw: Any, key: str) -> str:
     row = row_object(raw)
     if key not in row:
         raise BadRow(f"expected a key {key!r}, got {listed(row)}")
+    return text_field(row, key)
+
+
+def text_field(row: Mapping[str, Any], key: str, where: str = "") -> str:
     if not isinstance(row[key], str):
-        raise BadRow(f"{key}: expected text, got {type_name(row[key])}")
+        raise BadRow(f"{where}{key}: expected text, got {type_name(row[key])}")
     return row[key]
 
 
@@ -367,20 +371,20 @@ def _no_constant(name: str) -> None:
 def _file_pieces(path: Path) -> Iterator[str]:
     """A text file, cut after line ends where it is large, so that memory does not grow with it."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    held, lines = "", 1
+    rest, lines = "", 1
     with open(path, "rb") as file:
         block = file.read(PIECE)
         while block:
             following = file.read(PIECE)
             try:
-                text = held + decoder.decode(block, final=not following)
+                text = rest + decoder.decode(block, final=not following)
             except UnicodeDecodeError as error:
                 line = lines + error.object.count(b"\n", 0, error.start)
                 hint = " (UTF-16?)" if lines == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
                 raise BadRow(reason(error) + hint, line) from None
             cut = (text.rfind("\n") + 1 or len(text)) if following else len(text)
             yield text[:cut]
-            held, lines, block = text[cut:], lines + block.count(b"\n"), following
+            rest, lines, block = text[cut:], lines + block.count(b"\n"), following
 
 
 # --- shards -----------------------------------------------------------------------------------------------------
@@ -501,7 +505,7 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable, jobs: Iterable[Job],
 
 
 class Part(NamedTuple):
-    """A bounded stretch of the tokens. What has been done before a kill is the parts that are there."""
+    """Some of the tokens, a bounded number. A killed preparation resumes behind the parts that are on the disk."""
 
     cursor: list[Any] | None  # where the reader continues behind it; None: within a document, or not resumable
     counts: dict[str, int]  # of the reader, from the start to here
@@ -549,8 +553,8 @@ def _resume(folder: Path, reader: Reader, dtype: np.dtype) -> int:
 
 
 def tokenise(folder: Path, reader: Reader, tokenizer: Tokenizer, progress: bool) -> tuple[int, dict[str, int]]:
-    """Writes the tokens of both splits in parts, behind those that a kill has left. Returns the number of parts, and
-    how many documents went where."""
+    """Writes the tokens of both splits in parts, behind those of a killed run. Returns the number of parts, and how
+    many documents are in each split or left out."""
     from tqdm import tqdm
 
     folder.mkdir(exist_ok=True)
@@ -707,12 +711,12 @@ def open_corpus(cfg: DataConfig) -> Corpus:
 
 
 def split_by_hash(digest: bytes, limit: int) -> str:
-    """By nothing but the text, so equal documents never part, and a document added elsewhere moves no other."""
+    """By the text alone, so equal documents are on one side, and a document added elsewhere moves no other."""
     return "val" if int.from_bytes(digest, "little") < limit else "train"
 
 
 def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = None, progress: bool = True) -> Prepared:
-    """Tokenises on first use, and opens what an earlier run has left otherwise. Several processes may do it at once.
+    """Tokenises on first use, later opens the shards of an earlier run. Several processes may do it at once.
 
     tokenizer: that of a model that there is already, whatever the configuration names
     """
@@ -722,9 +726,9 @@ def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = N
         raise DataError(f"data.tokenizer: expected at most model.vocab_size {vocab_size} ids, got {tokenizer.n_vocab}")
     train: list[tuple[TokenShards, float]] = []
     val: list[TokenShards] = []
-    whole = replace(cfg, streaming=False)  # what one validates on is small
+    unstreamed = replace(cfg, streaming=False)  # validation text is small
     if text.val:
-        val.append(_shards(Reader(whole, text.val, lambda digest: "val"), ["val"], tokenizer, progress)["val"])
+        val.append(_shards(Reader(unstreamed, text.val, lambda digest: "val"), ["val"], tokenizer, progress)["val"])
     for weight, inputs in text.groups:
         if cfg.streaming:
             if not text.val:  # at its head; the batches leave these documents out wherever they come
@@ -739,10 +743,10 @@ def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = N
         train.append((shards["train"], weight))
         val += [] if text.val else [shards["val"]]
     if not any(map(len, val)):
-        what = describe_counts(val[0].counts)
+        counts = describe_counts(val[0].counts)
         where = f"data.val: {describe_inputs(text.val)}" if text.val else f"data.val_fraction {cfg.val_fraction:g}"
-        hint = "" if text.val else "; give data.val, a larger share or more documents"
-        raise DataError(f"{where}: nothing to validate on ({what}){hint}")
+        hint = "" if text.val else "; give data.val, a larger fraction or more documents"
+        raise DataError(f"{where}: nothing to validate on ({counts}){hint}")
     return Prepared(tokenizer, train, [shards for shards in val if len(shards)])
 
 
@@ -765,8 +769,8 @@ def _tokenizer(cfg: DataConfig, text: Corpus, vocab_size: int, progress: bool) -
     inputs = [identities(cfg, inputs) for _, inputs in text.groups]
     folder = Path(cfg.cache_dir) / "tokenizers" / short_hash([inputs, text.settings, SAMPLE, vocab_size])
     with lock(folder.with_suffix(".lock")):
-        found = _load_trained(folder)
-        if found is None:
+        tokenizer = _load_trained(folder)
+        if tokenizer is None:
             sample = [piece for _, group in text.groups for piece in _sample(cfg, group, text, len(text.groups))]
             if not sample:
                 raise DataError(f"data.train: {describe_inputs(text.groups[0][1])}: nothing to train on")
@@ -779,29 +783,29 @@ def _tokenizer(cfg: DataConfig, text: Corpus, vocab_size: int, progress: bool) -
             (building / "hash").write_text(trained.hash)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(building, folder)
-            found = load_tokenizer(folder)
-    return found
+            tokenizer = load_tokenizer(folder)
+    return tokenizer
 
 
 def _load_trained(folder: Path) -> Tokenizer | None:
     try:
-        found = load_tokenizer(folder)
-        return found if (folder / "hash").read_text() == found.hash else None
+        tokenizer = load_tokenizer(folder)
+        return tokenizer if (folder / "hash").read_text() == tokenizer.hash else None
     except (DataError, OSError, ValueError):
         return None  # not there, or damaged
 
 
 def _sample(cfg: DataConfig, inputs: list[Input], text: Corpus, groups: int) -> list[str]:
-    """Training text from all over the inputs, up to a share of SAMPLE characters."""
+    """Training text from all over the inputs: this group's part of SAMPLE characters."""
     limit = SAMPLE / groups
     total = math.inf if any(item.path is None for item in inputs) else sum(item.path.stat().st_size for item in inputs)
-    share = 1.0 if total == math.inf else min(1.0, limit / max(1, total))
-    kept, seen, sample = 0, 0, []
+    fraction = 1.0 if total == math.inf else min(1.0, limit / max(1, total))
+    taken, read, sample = 0, 0, []
     for piece in Reader(cfg, inputs, text.split_of):
-        seen += len(piece.text)
-        if piece.split == "train" and kept < share * seen:
+        read += len(piece.text)
+        if piece.split == "train" and taken < fraction * read:
             sample.append(piece.text)
-            kept += len(piece.text)
-        if kept >= limit:
+            taken += len(piece.text)
+        if taken >= limit:
             break
     return sample
