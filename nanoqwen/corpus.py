@@ -512,22 +512,18 @@ class Part(NamedTuple):
     tokens: dict[str, np.ndarray]  # of each split
 
 
-def _part_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06}.part"
-
-
-def _write_part(path: Path, part: Part) -> None:
+def _write_part(folder: Path, number: int, part: Part) -> None:
     """A file of: SHA-256 of the rest in hex, a line of JSON, the tokens of each split."""
     sizes = {split: len(tokens) for split, tokens in part.tokens.items()}
     line = json.dumps({"cursor": part.cursor, "counts": part.counts, "sizes": sizes}).encode()
     body = b"".join([line, b"\n", *(tokens.tobytes() for tokens in part.tokens.values())])
-    write_atomic(path, hashlib.sha256(body).hexdigest().encode() + body)
+    write_atomic(folder / f"{number:06}.part", hashlib.sha256(body).hexdigest().encode() + body)
 
 
-def _read_part(path: Path, dtype: np.dtype) -> Part | None:
+def _read_part(folder: Path, number: int, dtype: np.dtype) -> Part | None:
     """None where there is none, or a damaged one."""
     try:
-        content = path.read_bytes()
+        content = (folder / f"{number:06}.part").read_bytes()
     except OSError:
         return None
     if hashlib.sha256(memoryview(content)[64:]).hexdigest().encode() != content[:64]:
@@ -543,7 +539,7 @@ def _read_part(path: Path, dtype: np.dtype) -> Part | None:
 def _resume(folder: Path, reader: Reader, dtype: np.dtype) -> int:
     """Puts a reader behind the last part from which it can continue; returns the number of the next part."""
     number, following = 0, 0
-    while part := _read_part(_part_path(folder, number), dtype):
+    while part := _read_part(folder, number, dtype):
         number += 1
         if part.cursor is not None:
             reader.cursor, reader.counts, following = part.cursor, Counter(part.counts), number
@@ -570,7 +566,7 @@ def tokenise(folder: Path, reader: Reader, tokenizer: Tokenizer, progress: bool)
     def write_part(cursor: list[Any] | None) -> None:
         empty = np.empty(0, _dtype(tokenizer))
         tokens = {split: np.concatenate([empty, *arrays]) for split, arrays in chunks.items()}
-        _write_part(_part_path(folder, number), Part(cursor, counts, tokens))
+        _write_part(folder, number, Part(cursor, counts, tokens))
         for arrays in chunks.values():
             arrays.clear()
 
@@ -598,9 +594,9 @@ def _join_parts(folder: Path, count: int, path: Path, split: str, dtype: np.dtyp
     with open(path, "wb") as file:
         file.write(bytes(HEADER))
         for number in range(count):
-            part = _read_part(_part_path(folder, number), dtype)
+            part = _read_part(folder, number, dtype)
             if part is None:
-                raise DataError(f"{_part_path(folder, number)}: damaged while being read; run it again")
+                raise DataError(f"{folder}: part {number} is damaged; run it again")
             file.write(part.tokens[split])
 
 

@@ -486,7 +486,7 @@ def test_d05_a_killed_preparation_goes_on_and_ends_byte_identical(build, tmp_pat
         assert not shard_bytes(tmp_path / "killed")  # nothing is there before all of it is
     paths = sorted((tmp_path / "killed").glob("shards/*.building/parts/*.part"))
     assert len(paths) == 4
-    assert corpus._read_part(paths[-1], np.dtype("<u2")).cursor[1] > 20
+    assert corpus._read_part(paths[-1].parent, 3, np.dtype("<u2")).cursor[1] > 20
     for path, at in ((paths[0], -5), (paths[-1], 80), (paths[1], 3)):  # what was damaged since is read anew
         copy = tmp_path / f"copy-{path.name}"
         shutil.copytree(tmp_path / "killed", copy)
