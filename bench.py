@@ -6,6 +6,7 @@
     python bench.py sft --peer               and beside it transformers, with peft where --lora.rank is not 0
     python bench.py routing                  routed layers beside dense ones: training, prefill, decoding, cache, FLOPs
     python bench.py routing --quality        what they learn: validation loss at equal steps and at equal FLOPs
+    python bench.py prepare                  tokenising a corpus, beside tiktoken alone
     python bench.py memory --preset 0.5B --on cuda --fit 24GB    what a run needs, and what to change until it fits
 
 Figures are medians of several turns in which the things compared alternate, so that a slow moment of the machine hits
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import resource
 import statistics
@@ -34,8 +36,8 @@ import torch
 from data import Batch, ChatBatches, micro_batches
 from model import GPT, IGNORE, KVCache, flops_per_token
 from nanoqwen.chat import Example, prepare_chat
-from nanoqwen.config import Config, check, check_context, load_config, preset_names
-from nanoqwen.corpus import prepare
+from nanoqwen.config import Config, DataConfig, check, check_context, load_config, preset_names
+from nanoqwen.corpus import Reader, open_corpus, prepare, tokenise
 from nanoqwen.distributed import World, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, run_script
 from nanoqwen.lora import apply_lora
@@ -43,6 +45,7 @@ from nanoqwen.optim import Optimizers, parameter_groups
 from nanoqwen.plan import ROOM, Case, cache_bytes, easier, free_memory, micro_rows
 from nanoqwen.routing import RoutingConfig, build_model, penalty_weights, routed_by
 from nanoqwen.routing import flops_per_token as routed_flops
+from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import config_of, export, load_model
 from train import LanguageModeling, train_step
 
@@ -148,7 +151,7 @@ def sft_peer(cfg: Config, folder: Path) -> tuple[Callable[[int], None], ChatBatc
     optimizer = torch.optim.AdamW(trained, lr=loop.lr, fused=True)
 
     def step(number: int) -> None:
-        rows = [example for row in batches.conversations(number, 0, loop.rows) for example in row]
+        rows = [example for row in batches.conversations(number) for example in row]
         model(**padded(rows, device)).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, loop.clip)
         optimizer.step()
@@ -395,6 +398,55 @@ def one_run(argv: list[str], kind: str, share: str, steps: int, seed: str) -> di
         return [row for row in rows if "val/loss" in row][-1]
 
 
+# --- tokenising, beside tiktoken --------------------------------------------------------------------------------------
+
+PREPARE_CHARACTERS, PREPARE_TURNS = 32 << 20, 5  # tokenised in a turn; turns
+
+
+def tokenising_rates(
+    cfg: DataConfig, tokenizer: Tokenizer, characters: int = PREPARE_CHARACTERS, turns: int = PREPARE_TURNS
+) -> dict[str, float]:
+    """Tokens per second of `tokenise`, from files to tokens on disk, and of tiktoken's batch call on texts in memory.
+
+    `ratio` is of medians; `cpu_ratio` compares processor seconds, which hold still where other programs compute too.
+    """
+    text = open_corpus(cfg)
+    inputs = [item for _, group in text.groups for item in group]
+    texts = [piece.text for piece in Reader(cfg, inputs, text.split_of, limit=characters)]
+    workers = cfg.workers or os.cpu_count() or 1
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenise(Path(folder), Reader(cfg, inputs, text.split_of, limit=characters), tokenizer, progress=False)
+
+    def alone() -> None:
+        tokenizer.encoding.encode_ordinary_batch(texts, num_threads=workers)
+
+    tokens = sum(len(tokenizer.encode_array(text)) for text in texts)
+    seconds = [(*wall_and_cpu_seconds(alone), *wall_and_cpu_seconds(ours)) for _ in range(turns)]
+    alone_wall, alone_cpu, ours_wall, ours_cpu = map(statistics.median, zip(*seconds, strict=True))
+    return {
+        "characters": sum(map(len, texts)),
+        "tokens": tokens,
+        "tiktoken_tokens_per_s": tokens / alone_wall,
+        "prepare_tokens_per_s": tokens / ours_wall,
+        "ratio": alone_wall / ours_wall,
+        "cpu_ratio": alone_cpu / ours_cpu,
+    }
+
+
+def wall_and_cpu_seconds(action: Callable[[], None]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def prepare_speed(argv: list[str]) -> None:
+    cfg = load_config(argv, "data", usage="python bench.py prepare [FILE.yaml] [--preset NAME] [--key=value ...]")
+    for name, value in tokenising_rates(cfg.data, prepare(cfg.data, cfg.model.vocab_size).tokenizer).items():
+        print(f"{name:<22} {value:14,.2f}")
+
+
 # --- memory, without using any ----------------------------------------------------------------------------------------
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -489,6 +541,8 @@ def main(argv: list[str]) -> None:
         return memory(argv[1:])
     if argv[:1] == ["routing"]:
         return routing_quality(argv[1:]) if "--quality" in argv else routing_speed(argv[1:])
+    if argv[:1] == ["prepare"]:
+        return prepare_speed(argv[1:])
     if argv[:1] == ["sft"]:
         return sft(argv[1:])
     if argv[:1] == ["sft-side"]:

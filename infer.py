@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from model import RequestError, Sampling, generate, stream
+from nanoqwen.chat import render_chat
 from nanoqwen.config import Config, check, load_config
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, escape_terminal, run_script, say
 from nanoqwen.routing import tokens_used
-from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of, render_chat
+from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of
 from nanoqwen.weights import CheckpointError, checkpoint_files, load_model
 
 RUNS = Path("runs")

@@ -1,6 +1,6 @@
-"""Conversations to examples for supervised fine-tuning: what an assistant has to write is learned, the rest is read.
+"""Conversations to examples for supervised fine-tuning: the assistant's turns are learned, the rest is context.
 
-    python finetune.py --show_data --chat.train mine.jsonl     what they are, counted, and the first rows
+    python finetune.py --show_data --chat.train mine.jsonl     counts, and the first rows
 
 A source is builtin:docstrings (instruction -> function, from the standard library of the running Python),
 builtin:tasks (small questions and orders: see builtin.py), or rows of .jsonl .jsonl.gz .jsonl.zst .parquet or a Hugging
@@ -16,41 +16,38 @@ Letters in shapes: B rows, T tokens of a row (seq_len), N tokens of a conversati
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import textwrap
-import warnings
+import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanoqwen.builtin import TASKS, conversations
+from nanoqwen.builtin import DOCSTRINGS, TASKS, conversations, docstring_pairs
 from nanoqwen.config import ChatConfig, DataConfig
 from nanoqwen.corpus import (
     ROW_FILES,
     BadRow,
     Input,
     RowReader,
-    essence,
     expand,
     listed,
+    normalized,
     python_files,
     row_object,
     split_by_hash,
+    text_field,
     type_name,
 )
 from nanoqwen.errors import DataError
-from nanoqwen.tokenizer import Tokenizer, Turn, chat_turns, joined
+from nanoqwen.tokenizer import IM_END, IM_START, Tokenizer
 
-DOCSTRINGS = "builtin:docstrings"
 SHAPES = "messages, conversations, instruction and output, or prompt and response"
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-PLACES = 5  # rows that are named of those left out for one reason
-ASKED, ANSWERED = 400, 120  # characters of the built-in set, at most: a tiny model repeats itself in longer functions
+PLACES = 5  # rows that the audit names of those left out for one reason
 
 
 # --- rows to messages -------------------------------------------------------------------------------------------------
@@ -62,96 +59,63 @@ def conversation(row: Mapping[str, Any]) -> list[Message]:
     """The messages of a row of any known shape. A table has every column in every row: null is as good as absent."""
     row = {key: value for key, value in row.items() if value is not None}
     if "messages" in row:
-        found = _messages("messages", row["messages"], "role", "content", ("system", "user", "assistant"))
+        messages = _messages("messages", row["messages"], "role", "content", ("system", "user", "assistant"))
     elif "conversations" in row:
-        found = _messages("conversations", row["conversations"], "from", "value", tuple(SPEAKERS))
+        messages = _messages("conversations", row["conversations"], "from", "value", tuple(SPEAKERS))
     elif {"instruction", "output"} <= row.keys():
-        request = "\n\n".join(filter(None, (_said(row, "instruction"), _said(row, "input") if "input" in row else "")))
-        found = [{"role": "user", "content": request}, {"role": "assistant", "content": _said(row, "output")}]
+        texts = [text_field(row, key) for key in ("instruction", "input") if key in row]
+        request = "\n\n".join(filter(None, texts))
+        messages = [_message("user", request), _message("assistant", text_field(row, "output"))]
     elif {"prompt", "response"} <= row.keys():
-        answer = {"role": "assistant", "content": _said(row, "response")}
-        found = [{"role": "user", "content": _said(row, "prompt")}, answer]
+        messages = [_message("user", text_field(row, "prompt")), _message("assistant", text_field(row, "response"))]
     else:
         raise BadRow(f"expected {SHAPES}, got {listed(row)}")
-    if row.get("system") and found[0]["role"] != "system":
-        return [{"role": "system", "content": _said(row, "system")}, *found]
-    return found
+    if row.get("system") and messages[0]["role"] != "system":
+        return [_message("system", text_field(row, "system")), *messages]
+    return messages
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def _messages(name: str, turns: Any, role_key: str, text_key: str, roles: Sequence[str]) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"{name}: expected a list of messages, got {type_name(turns) if turns else 'none'}")
-    found = []
+    messages = []
     for number, turn in enumerate(turns):
         where = f"{name}[{number}]"
         if not isinstance(turn, dict):
             raise BadRow(f"{where}: expected an object, got {type_name(turn)}")
-        for key in (role_key, text_key):
-            if key not in turn:
-                raise BadRow(f"{where}: expected {role_key!r} and {text_key!r}, got {listed(turn)}")
+        if not {role_key, text_key} <= turn.keys():
+            raise BadRow(f"{where}: expected {role_key!r} and {text_key!r}, got {listed(turn)}")
         role = turn[role_key]
         if role not in roles:
             raise BadRow(f"{where}.{role_key}: expected {', '.join(roles)}, got {role!r:.60}")
-        found.append({"role": SPEAKERS[role], "content": _said(turn, text_key, f"{where}.")})
-    return found
+        messages.append(_message(SPEAKERS[role], text_field(turn, text_key, f"{where}.")))
+    return messages
 
 
-def _said(row: Mapping[str, Any], key: str, where: str = "") -> str:
-    if not isinstance(row[key], str):
-        raise BadRow(f"{where}{key}: expected text, got {type_name(row[key])}")
-    return row[key]
+class ExampleReader(RowReader):
+    """What `parse` makes of each row and its place (file:line). Malformed rows that may be skipped go to the audit."""
 
-
-class ChatReader(RowReader):
-    """Conversations, each with its place as file:line. What is no conversation is told to the audit."""
-
-    def __init__(self, cfg: DataConfig, inputs: Sequence[Input], audit: Audit) -> None:
+    def __init__(
+        self, cfg: DataConfig, inputs: Sequence[Input], audit: Audit, parse: Callable[[dict[str, Any], str], Any]
+    ) -> None:
         super().__init__(cfg, inputs)
-        self.audit = audit
+        self.audit, self.parse = audit, parse
 
     def leave_out(self, reason: str, where: str) -> None:
         self.audit.rows += 1
         self.audit.leave_out(reason, where)
 
-    def items(self, raw: Any, cursor: list[Any]) -> Iterator[tuple[str, list[Message]]]:
+    def items(self, raw: Any, cursor: list[Any]) -> Iterator[Any]:
         if isinstance(raw, Path):
             raise DataError(f"{raw}: expected rows ({', '.join(ROW_FILES)}), got a text file")
-        yield f"{self.inputs[cursor[0]].name}:{cursor[1]}", conversation(row_object(raw))
+        yield self.parse(row_object(raw), f"{self.inputs[cursor[0]].name}:{cursor[1]}")
 
 
 # --- the built-in set -------------------------------------------------------------------------------------------------
-
-
-def docstring_pairs(source: str) -> Iterator[tuple[int, str, str]]:
-    """(line, instruction, function without its docstring) of the short functions of a module that say what they do."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the parser, about escapes in other people's strings
-        tree = ast.parse(source)
-    lines = source.split("\n")
-    for node in _functions(tree):
-        if not ast.get_docstring(node):
-            continue
-        text, *body = node.body
-        if not body or text.lineno == node.lineno or body[0].lineno <= text.end_lineno:
-            continue  # nothing to write, or not on lines of its own
-        code = "\n".join(lines[node.lineno - 1 : text.lineno - 1] + lines[text.end_lineno : node.end_lineno])
-        code = textwrap.dedent(code)
-        first, _, rest = code.partition("\n")
-        what = "asynchronous Python function" if isinstance(node, ast.AsyncFunctionDef) else "Python function"
-        about = ast.get_docstring(node).partition("\n\n")[0]
-        request = f"Write the {what} `{node.name}({ast.unparse(node.args)})`.\n\n{about}"
-        answer = f"{first}\n{rest.strip(chr(10))}"
-        if len(request) <= ASKED and len(answer) <= ANSWERED:
-            yield node.lineno, request, answer
-
-
-def _functions(node: Any) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Those among the statements below a node; without its expressions, where most of a tree is."""
-    for name in ("body", "orelse", "handlers", "finalbody"):
-        for child in getattr(node, name, ()):
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield child
-            yield from _functions(child)
 
 
 def _docstring_rows(audit: Audit) -> Iterator[tuple[str, list[Message]]]:
@@ -170,6 +134,77 @@ def _docstring_rows(audit: Audit) -> Iterator[tuple[str, list[Message]]]:
                 yield f"{path}:{line}", conversation({"prompt": request, "response": answer})
 
 
+# --- messages to turns, in ChatML -------------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    """One message as ids."""
+
+    role: str
+    given: list[int]  # not learned: the header of an assistant's turn, all of any other turn
+    learned: list[int]  # content and <|im_end|> of an assistant's turn
+    gap: list[int]  # the newline between turns
+
+    @property
+    def size(self) -> int:
+        return len(self.given) + len(self.learned) + len(self.gap)
+
+
+def chat_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[Turn]:
+    """Each message in ChatML, after the default system message where the tokenizer has one and the messages do not.
+
+    An assistant's header and its content are encoded apart, as they are when a model writes the content, so training
+    and sampling see the same ids.
+    """
+    start, end = tokenizer.special.get(IM_START), tokenizer.special.get(IM_END)
+    if start is None or end is None:
+        raise DataError(f'tokenizer "{tokenizer.name}": a chat needs the control tokens {IM_START} and {IM_END}')
+    pairs = [_role_and_content(index, message) for index, message in enumerate(messages)]
+    if not pairs:
+        raise DataError("messages: expected at least one message, got none")
+    if pairs[0][0] != "system" and tokenizer.default_system is not None:
+        pairs.insert(0, ("system", tokenizer.default_system))
+    header, newline = [start, *tokenizer.encode("assistant\n")], tokenizer.encode("\n")
+    return [
+        Turn(role, header, [*tokenizer.encode(content), end], newline)
+        if role == "assistant"
+        else Turn(role, [start, *tokenizer.encode(f"{role}\n{content}"), end], [], newline)
+        for role, content in pairs
+    ]
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
+) -> tuple[list[int], list[int]]:
+    """ChatML ids, and a mask that is 1 on what is learned. `generate` appends the header of an assistant's turn."""
+    ids, mask = joined(chat_turns(messages, tokenizer))
+    if generate:
+        header = [tokenizer.special[IM_START], *tokenizer.encode("assistant\n")]
+        ids += header
+        mask += [0] * len(header)
+    return ids, mask
+
+
+def joined(turns: Iterable[Turn]) -> tuple[list[int], list[int]]:
+    """Ids and mask of turns one after the other."""
+    ids: list[int] = []
+    mask: list[int] = []
+    for turn in turns:
+        ids += turn.given + turn.learned + turn.gap
+        mask += [0] * len(turn.given) + [1] * len(turn.learned) + [0] * len(turn.gap)
+    return ids, mask
+
+
+def _role_and_content(index: int, message: Mapping[str, str]) -> tuple[str, str]:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in ("system", "user", "assistant"):
+        raise DataError(f"message {index}: expected role system, user or assistant, got {role!r}")
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise DataError(f"message {index} ({role}): expected content to be a string, got {content!r:.80}")
+    return role, content
+
+
 # --- messages to examples ---------------------------------------------------------------------------------------------
 
 
@@ -177,13 +212,13 @@ class Example(NamedTuple):
     """A conversation up to the last token that is learned."""
 
     ids: np.ndarray  # int32 [N]
-    mask: np.ndarray  # bool [N], true on what an assistant has to write: its content and <|im_end|>, in every turn
+    mask: np.ndarray  # bool [N], true on what is learned: content and <|im_end|> of each of the assistant's turns
     where: str  # file:line
 
 
 @dataclass
 class Audit:
-    """What became of the rows."""
+    """How many rows were read, kept, shortened and left out, and why."""
 
     rows: int = 0
     train: int = 0
@@ -193,7 +228,7 @@ class Audit:
     places: dict[str, list[str]] = field(default_factory=dict)  # the first ones as file:line, also of truncated rows
     tokens: int = 0
     supervised: int = 0  # of the tokens
-    padding: float = 0.0  # share of the positions of a training epoch
+    padding: float = 0.0  # fraction of the positions of a training epoch
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -210,22 +245,22 @@ class Audit:
             places.append(where)
 
     def __str__(self) -> str:
-        share = self.supervised / max(1, self.tokens)
+        learned = self.supervised / max(1, self.tokens)
         lines = [
             f"rows       {self.rows:,} read, {self.train:,} to train on, {self.val:,} to validate on",
-            f"tokens     {self.tokens:,}, of which {share:.1%} are learned; {self.padding:.1%} of a batch is padding",
+            f"tokens     {self.tokens:,}, of which {learned:.1%} are learned; {self.padding:.1%} of a batch is padding",
         ]
         for reason, count in {"truncated": self.truncated, **self.dropped}.items():
             if count:
                 more = ", ..." if count > len(self.places[reason]) else ""
-                what = "" if reason == "truncated" else "dropped, "
-                lines.append(f"{'':<9}  {what}{reason}: {count:,} ({', '.join(self.places[reason])}{more})")
+                verb = "" if reason == "truncated" else "dropped, "
+                lines.append(f"{'':<9}  {verb}{reason}: {count:,} ({', '.join(self.places[reason])}{more})")
         lines += [f"warning    {text}" for text in self.warnings]
         return "\n".join(lines)
 
 
 def packed(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most seq_len tokens: the longest first, each to where the least room is left.
+    """Indices of `lengths` in rows of at most seq_len tokens: the longest first, each into the fullest row with room.
 
     "Best fit decreasing" needs at most 11/9 of the fewest rows, and a few (Johnson and others, SIAM J. Comput. 1974).
     """
@@ -259,8 +294,8 @@ class ChatData(NamedTuple):
 def shortened(turns: list[Turn], size: int, tokenizer: Tokenizer) -> list[Turn] | None:
     """At most `size` tokens of a conversation that ends in an answer, which stays; so does a system message in front.
 
-    What was said first goes first: of the oldest turn its beginning, then the turn with the answers to it. None where
-    not even the answer and the system message fit.
+    The oldest turn loses its beginning, then goes whole with the answers to it, and so on. None if not even the last
+    answer and the system message fit.
     """
     head = turns[:1] if turns[0].role == "system" else []
     rest = turns[len(head) :]
@@ -292,19 +327,16 @@ def fitted(messages: Sequence[Message], tokenizer: Tokenizer, size: int) -> tupl
     if not turns:
         return "no answer"
     turns[-1] = turns[-1]._replace(gap=[])
-    kept = shortened(turns, size, tokenizer)
-    return "too long an answer" if kept is None else (*joined(kept), kept != turns)
+    short = shortened(turns, size, tokenizer)
+    return "too long an answer" if short is None else (*joined(short), short != turns)
 
 
 def _digest(messages: Sequence[Message]) -> bytes:
-    """Of what was asked, whatever the system message: equal questions are on one side of the split."""
-    asked: list[str] = []
-    for message in messages:
-        if message["role"] == "assistant":
-            break
-        asked += [message["content"]] if message["role"] == "user" else []
-    text = "\n".join(asked) if asked else messages[0]["content"]
-    return hashlib.sha256(essence(text)).digest()[:8]
+    """Of the first question, whatever the system message: equal questions are on one side of the split."""
+    before_answer = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
+    questions = [message["content"] for message in before_answer if message["role"] == "user"]
+    text = "\n".join(questions) if questions else messages[0]["content"]
+    return hashlib.sha256(normalized(text)).digest()[:8]
 
 
 class _Examples:
@@ -317,12 +349,12 @@ class _Examples:
         for where, messages in self._conversations(list(sources), key):
             self.audit.rows += 1
             if self.cfg.system is not None and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": self.cfg.system}, *messages]
-            found = fitted(messages, self.tokenizer, self.size)
-            if isinstance(found, str):
-                self.audit.leave_out(found, where)
+                messages = [_message("system", self.cfg.system), *messages]
+            fit = fitted(messages, self.tokenizer, self.size)
+            if isinstance(fit, str):
+                self.audit.leave_out(fit, where)
                 continue
-            ids, mask, truncated = found
+            ids, mask, truncated = fit
             self.audit.truncated += truncated
             if truncated:
                 self.audit.name("truncated", where)
@@ -338,22 +370,22 @@ class _Examples:
         inputs = expand(sources, key)
         if inputs:
             cfg = DataConfig(train=tuple(sources), split=self.cfg.split, on_error=self.cfg.on_error)
-            yield from ChatReader(cfg, inputs, self.audit)
+            yield from ExampleReader(cfg, inputs, self.audit, lambda row, where: (where, conversation(row)))
 
 
 def prepare_chat(cfg: ChatConfig, tokenizer: Tokenizer, seq_len: int) -> ChatData:
-    """Reads, renders, shortens and splits conversations, and says what became of each."""
+    """Reads, renders, shortens and splits conversations, with an audit."""
     audit = Audit()
     examples = _Examples(cfg, tokenizer, seq_len, audit)
     train: list[Example] = []
     val: list[Example] = []
-    asked: set[bytes] = set()
+    val_digests: set[bytes] = set()
     for example, digest in examples.read(cfg.val, "chat.val"):
         val.append(example)
-        asked.add(digest)
+        val_digests.add(digest)
     limit = int(cfg.val_fraction * 2**64)
     for example, digest in examples.read(cfg.train, "chat.train"):
-        if digest in asked:
+        if digest in val_digests:
             audit.leave_out("in the validation set", example.where)
             continue
         is_val = not cfg.val and split_by_hash(digest, limit) == "val"
@@ -370,10 +402,10 @@ def prepare_chat(cfg: ChatConfig, tokenizer: Tokenizer, seq_len: int) -> ChatDat
 
 
 def _refuse_nothing(cfg: ChatConfig, audit: Audit) -> None:
-    said = [f"{count} {reason} ({', '.join(audit.places[reason])})" for reason, count in audit.dropped.items()]
-    what = "; ".join([f"{audit.rows} rows", *said])
+    dropped = [f"{count} {reason} ({', '.join(audit.places[reason])})" for reason, count in audit.dropped.items()]
+    counts = "; ".join([f"{audit.rows} rows", *dropped])
     if not audit.train:
-        raise DataError(f"chat.train: {', '.join(cfg.train)}: nothing to train on ({what})")
+        raise DataError(f"chat.train: {', '.join(cfg.train)}: nothing to train on ({counts})")
     if not audit.val:
         where = f"chat.val: {', '.join(cfg.val)}" if cfg.val else f"chat.val_fraction {cfg.val_fraction:g}"
-        raise DataError(f"{where}: nothing to validate on ({what}); give chat.val, a larger share or more rows")
+        raise DataError(f"{where}: nothing to validate on ({counts}); give chat.val, a larger fraction or more rows")

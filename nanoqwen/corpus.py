@@ -3,7 +3,7 @@
 A source is builtin:python (the standard library of the running Python), a file, a glob or a folder of .txt .md .py
 (a document per file), .jsonl .jsonl.gz .jsonl.zst .parquet (a document per row), or a Hugging Face data set: an id
 such as owner/name, or hf:ID_OR_FOLDER[:CONFIG]. Sources without weights are one corpus. As SOURCE=WEIGHT, all of
-them, they are a mixture: each has its share of the rows, whatever its size, and starts anew when it is used up.
+them, they are a mixture: each has its fraction of the rows, whatever its size, and starts again at its end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -43,7 +43,8 @@ LOWER = bytes(range(256)).lower()  # of each byte
 FORMAT = 1  # of the shards; raise it whenever the same text would give other files
 PIECE = 1 << 22  # bytes of a text file that are tokenised at once
 JOB = 1 << 19  # characters that a thread tokenises at once
-LEDGER = 1 << 26  # characters between two entries of the ledger, at most this much work is done twice after a kill
+PART = 1 << 24  # characters of a part of the tokens: at most this much work is done twice after a kill
+SPLITS = ("train", "val")
 SAMPLE = 8 << 20  # characters that `tokenizer: auto` is trained on
 HEAD = 64 << 20  # characters at the head of a stream in which its validation documents are looked for
 
@@ -61,20 +62,20 @@ class Input(NamedTuple):
 
 def python_files() -> list[Path]:
     """The standard library's own sources, tests included where they are installed."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, inner, files in os.walk(sysconfig.get_paths()["stdlib"]):
         inner[:] = set(inner) - {"site-packages", "dist-packages", "__pycache__"}  # not entered
-        found += (Path(folder, name) for name in files if name.endswith(".py"))
-    return sorted(found)
+        paths += (Path(folder, name) for name in files if name.endswith(".py"))
+    return sorted(paths)
 
 
 def expand(sources: Iterable[str], key: str) -> list[Input]:
     """The files behind sources, each once, in an order that does not depend on the file system."""
-    found: dict[str, Input] = {}
+    inputs: dict[str, Input] = {}
     for source in sources:
         for item in _inputs(source, key):
-            found.setdefault(item.name, item)
-    return list(found.values())
+            inputs.setdefault(item.name, item)
+    return list(inputs.values())
 
 
 def _inputs(source: str, key: str) -> list[Input]:
@@ -153,16 +154,16 @@ class BadRow(Exception):
         self.line = line
 
 
-SplitOf = Callable[[bytes], "str | None"]  # digest of a document -> train, val, or None: left out
+SplitFn = Callable[[bytes], "str | None"]  # digest of a document -> train, val, or None: left out
 
 
-def essence(text: str) -> bytes:
+def normalized(text: str) -> bytes:
     """What splits go by: texts that differ in white space or case alone count as the same one."""
     return text.encode("utf-8", "surrogatepass").translate(LOWER, b" \t\r\n\f\v")
 
 
 class RowReader:
-    """The rows of some inputs, in order, from a cursor on; a subclass says what becomes of one. Bad ones count."""
+    """The rows of some inputs, in order, from a cursor on, as the `items` of a subclass. Malformed rows are counted."""
 
     def __init__(
         self,
@@ -216,7 +217,7 @@ class RowReader:
                     yield from self._line_rows(file, item.path, skip, state)
 
     def _line_rows(self, file: BinaryIO, path: Path, skip: int, place: int | None) -> Iterator[bytes]:
-        """Lines, which end at \\n alone, whatever JSON holds. Of what is not compressed, those before are not read."""
+        """Lines, which end at \\n alone, whatever JSON holds. In a plain file those before are skipped unread."""
         lines, first = _lines(file, path), 0
         if lines is file and place is not None:
             file.seek(place)
@@ -258,39 +259,36 @@ class Reader(RowReader):
         self,
         cfg: DataConfig,
         inputs: Sequence[Input],
-        split_of: SplitOf,
+        split_of: SplitFn,
         cursor: Sequence[Any] = (0, 0, None),
         limit: float = math.inf,
     ) -> None:
         super().__init__(cfg, inputs, cursor, cfg.text_key)
         self.split_of, self.left = split_of, limit
 
-    def _texts(self, raw: Any) -> list[str]:
-        return list(_file_pieces(raw)) if isinstance(raw, Path) else [_text(raw, self.cfg.text_key)]
+    def _texts(self, raw: Any) -> Iterable[str]:
+        return _file_pieces(raw) if isinstance(raw, Path) else [_text(raw, self.cfg.text_key)]
 
     def items(self, raw: Any, cursor: list[Any]) -> Iterator[Piece]:
-        # A large file is read twice: which split it belongs to has to be known before its first token is written.
+        # A large file is read twice: its split has to be known before its first token is written.
         is_large = isinstance(raw, Path) and raw.stat().st_size > PIECE
-        texts = (
-            None if is_large else list(_file_pieces(raw)) if isinstance(raw, Path) else [_text(raw, self.cfg.text_key)]
-        )
-        digest = hashlib.sha256()
-        blank = True
-        for text in texts or _file_pieces(raw):
-            digest.update(essence(text))
-            blank = blank and (not text or text.isspace())
+        texts = None if is_large else list(self._texts(raw))
+        digest, is_blank = hashlib.sha256(), True
+        for text in self._texts(raw) if is_large else texts:
+            digest.update(normalized(text))
+            is_blank = is_blank and (not text or text.isspace())
             self.left -= len(text)
         split = self.split_of(digest.digest()[:8])
-        if blank or split is None:
-            self.counts["empty" if blank else "other_split"] += 1
+        if is_blank or split is None:
+            self.counts["empty" if is_blank else "other_split"] += 1
             return
-        held = None
-        for text in texts or _file_pieces(raw):
-            if held is not None:
-                yield Piece(held, split, False, cursor, self._position())
-            held = text
+        previous = None
+        for text in self._texts(raw) if is_large else texts:
+            if previous is not None:
+                yield Piece(previous, split, False, cursor, self._position())
+            previous = text
         self.counts[split] += 1
-        yield Piece(held, split, True, cursor, self._position())
+        yield Piece(previous, split, True, cursor, self._position())
 
 
 def reason(error: Exception) -> str:
@@ -339,8 +337,12 @@ def _text(raw: Any, key: str) -> str:
     row = row_object(raw)
     if key not in row:
         raise BadRow(f"expected a key {key!r}, got {listed(row)}")
+    return text_field(row, key)
+
+
+def text_field(row: Mapping[str, Any], key: str, where: str = "") -> str:
     if not isinstance(row[key], str):
-        raise BadRow(f"{key}: expected text, got {type_name(row[key])}")
+        raise BadRow(f"{where}{key}: expected text, got {type_name(row[key])}")
     return row[key]
 
 
@@ -369,20 +371,20 @@ def _no_constant(name: str) -> None:
 def _file_pieces(path: Path) -> Iterator[str]:
     """A text file, cut after line ends where it is large, so that memory does not grow with it."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    held, lines = "", 1
+    rest, lines = "", 1
     with open(path, "rb") as file:
         block = file.read(PIECE)
         while block:
             following = file.read(PIECE)
             try:
-                text = held + decoder.decode(block, final=not following)
+                text = rest + decoder.decode(block, final=not following)
             except UnicodeDecodeError as error:
                 line = lines + error.object.count(b"\n", 0, error.start)
                 hint = " (UTF-16?)" if lines == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
                 raise BadRow(reason(error) + hint, line) from None
             cut = (text.rfind("\n") + 1 or len(text)) if following else len(text)
             yield text[:cut]
-            held, lines, block = text[cut:], lines + block.count(b"\n"), following
+            rest, lines, block = text[cut:], lines + block.count(b"\n"), following
 
 
 # --- shards -----------------------------------------------------------------------------------------------------
@@ -395,38 +397,40 @@ BODY = len(MAGIC) + 64
 
 
 class TokenShards:
-    """The tokens of one prepared split, mapped into memory. Opening it reads all of it once, to verify it."""
+    """The tokens of one prepared split, mapped into memory. Opening checks sizes and header, `verify` every byte."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
             with open(self.path, "rb") as file:
-                head = file.read(HEADER)
-                digest = hashlib.sha256(head[BODY:])
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                size = file.tell()
+                head, size = file.read(HEADER), os.fstat(file.fileno()).st_size
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror}") from None
         if head[: len(MAGIC)] != MAGIC:
             raise DataError(f"{self.path}: expected token shards, got another kind of file")
-        if head[len(MAGIC) : BODY] != digest.hexdigest().encode():
-            raise DataError(f"{self.path}: damaged, its SHA-256 is not the one in its header; delete it")
-        header = json.loads(head[BODY:])
-        if header["version"] != FORMAT:
-            raise DataError(f"{self.path}: expected format {FORMAT}, got {header['version']}")
-        self.fingerprint: str = digest.hexdigest()  # of tokens, tokenizer and settings; not of paths and dates
-        self.tokenizer_hash: str = header["tokenizer_hash"]
-        self.eos_id: int = header["eos_id"]
-        self.n_documents: int = header["documents"]
-        self.counts: dict[str, int] = header["counts"]
-        self.dtype = np.dtype(header["dtype"])
-        self._count: int = header["count"]
+        try:
+            header = json.loads(head[BODY:])
+            version, self._count, self.dtype = header["version"], int(header["count"]), np.dtype(header["dtype"])
+            self.fingerprint = head[len(MAGIC) : BODY].decode("ascii")  # knows no paths and dates
+            self.tokenizer_hash: str = header["tokenizer_hash"]
+            self.eos_id = int(header["eos_id"])
+            self.n_documents = int(header["documents"])
+            self.counts: dict[str, int] = header["counts"]
+        except (ValueError, LookupError, TypeError):
+            raise DataError(f"{self.path}: damaged header") from None
+        if version != FORMAT:
+            raise DataError(f"{self.path}: expected format {FORMAT}, got {version}")
         end = HEADER + self._count * self.dtype.itemsize
         if size != end + 8 * self.n_documents:
             raise DataError(f"{self.path}: expected {end + 8 * self.n_documents} bytes, got {size}")
         self._tokens = _mapped(self.path, self.dtype, HEADER, self._count)
         self.document_ends = _mapped(self.path, np.dtype("<u8"), end, self.n_documents)  # each behind its EOS
+
+    def verify(self) -> None:
+        """Compare the whole file with the SHA-256 in its header."""
+        if _body_sha256(self.path) != self.fingerprint:
+            again = f"delete {self.path.parent} and run python data.py prepare again"
+            raise DataError(f"{self.path}: damaged, its SHA-256 is not the one in its header; {again}")
 
     def __len__(self) -> int:
         return self._count
@@ -438,6 +442,15 @@ class TokenShards:
 
 def _mapped(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
     return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
+
+
+def _body_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(BODY)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -470,13 +483,13 @@ def _jobs(reader: Reader) -> Iterator[Job]:
 
 
 def _encode(job: Job, tokenizer: Tokenizer) -> dict[str, list[np.ndarray]]:
-    found: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for piece in job.pieces:
         ids = tokenizer.encode_array(piece.text)  # control tokens off
         if piece.ends:
             ids = np.append(ids, np.uint32(tokenizer.eos_id))  # from here alone
-        found[piece.split].append(_narrowed(ids, _dtype(tokenizer)))
-    return found
+        tokens[piece.split].append(_narrowed(ids, _dtype(tokenizer)))
+    return tokens
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable, jobs: Iterable[Job], ahead: int) -> Iterator[tuple]:
@@ -485,71 +498,106 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable, jobs: Iterable[Job],
     for job in jobs:
         waiting.append((job, pool.submit(function, job)))
         if len(waiting) > ahead:
-            done, result = waiting.popleft()
-            yield done, result.result()
-    for done, result in waiting:
-        yield done, result.result()
+            first, result = waiting.popleft()
+            yield first, result.result()
+    for job, result in waiting:
+        yield job, result.result()
 
 
-def _resumed(folder: Path, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last entry of the ledger with the hashes of what was written before it; if any is damaged, the start."""
+class Part(NamedTuple):
+    """Some of the tokens, a bounded number. A killed preparation resumes behind the parts that are on the disk."""
+
+    cursor: list[Any] | None  # where the reader continues behind it; None: within a document, or not resumable
+    counts: dict[str, int]  # of the reader, from the start to here
+    tokens: dict[str, np.ndarray]  # of each split
+
+
+def _write_part(folder: Path, number: int, part: Part) -> None:
+    """A file of: SHA-256 of the rest in hex, a line of JSON, the tokens of each split."""
+    sizes = {split: len(tokens) for split, tokens in part.tokens.items()}
+    line = json.dumps({"cursor": part.cursor, "counts": part.counts, "sizes": sizes}).encode()
+    body = b"".join([line, b"\n", *(tokens.tobytes() for tokens in part.tokens.values())])
+    write_atomic(folder / f"{number:06}.part", hashlib.sha256(body).hexdigest().encode() + body)
+
+
+def _read_part(folder: Path, number: int, dtype: np.dtype) -> Part | None:
+    """None where there is none, or a damaged one."""
     try:
-        found = json.loads((folder / "ledger.json").read_bytes())
-        state, digests = found["state"], {}
-        for split, count in state["tokens"].items():
-            digests[split] = hashlib.sha256()
-            with open(folder / f"{split}.bin", "rb") as file:
-                for start in range(HEADER, end := HEADER + count * width, 1 << 20):
-                    file.seek(start)
-                    digests[split].update(file.read(min(end - start, 1 << 20)))
-        if found["hash"] == short_hash(state) and all(state["sha256"][s] == d.hexdigest() for s, d in digests.items()):
-            return state, digests
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass
-    fresh = {"cursor": [0, 0, None], "tokens": {"train": 0, "val": 0}, "counts": {}}
-    return fresh, {split: hashlib.sha256() for split in fresh["tokens"]}
+        content = (folder / f"{number:06}.part").read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(memoryview(content)[64:]).hexdigest().encode() != content[:64]:
+        return None
+    start, tokens = content.index(b"\n") + 1, {}
+    header = json.loads(content[64:start])
+    for split, size in header["sizes"].items():
+        tokens[split] = np.frombuffer(content, dtype, size, start)
+        start += size * dtype.itemsize
+    return Part(header["cursor"], header["counts"], tokens)
 
 
-def tokenise(folder: Path, reader: Reader, tokenizer: Tokenizer, progress: bool) -> dict[str, int]:
-    """Writes the tokens of both splits; after a kill, goes on behind the last entry of the ledger."""
+def _resume(folder: Path, reader: Reader, dtype: np.dtype) -> int:
+    """Puts a reader behind the last part from which it can continue; returns the number of the next part."""
+    number, following = 0, 0
+    while part := _read_part(folder, number, dtype):
+        number += 1
+        if part.cursor is not None:
+            reader.cursor, reader.counts, following = part.cursor, Counter(part.counts), number
+    for path in sorted(folder.glob("*.part"))[following:]:
+        path.unlink()
+    return following
+
+
+def tokenise(folder: Path, reader: Reader, tokenizer: Tokenizer, progress: bool) -> tuple[int, dict[str, int]]:
+    """Writes the tokens of both splits in parts, behind those of a killed run. Returns the number of parts, and how
+    many documents are in each split or left out."""
     from tqdm import tqdm
 
-    width, ledger = _dtype(tokenizer).itemsize, folder / "ledger.json"
-    state, digests = _resumed(folder, width)
-    reader.cursor, reader.counts, tokens = state["cursor"], Counter(state["counts"]), state["tokens"]
-    files = {split: open(folder / f"{split}.bin", "ab") for split in tokens}  # noqa: SIM115
+    folder.mkdir(exist_ok=True)
+    number = _resume(folder, reader, _dtype(tokenizer))
     sizes = [item.path.stat().st_size if item.path else 0 for item in reader.inputs]
     before = np.cumsum([0, *sizes]).tolist()
     bar = tqdm(total=before[-1], initial=before[reader.cursor[0]], unit="B", unit_scale=True, desc="tokenising",
                disable=None if progress else True)  # fmt: skip
-    workers, since = reader.cfg.workers or os.cpu_count() or 1, 0
-    try:
-        for split, file in files.items():
-            file.truncate(HEADER + tokens[split] * width)
-        with bar, ThreadPoolExecutor(workers) as pool:  # tiktoken lets go of the interpreter lock
-            encode = functools.partial(_encode, tokenizer=tokenizer)
-            for job, found in _in_order(pool, encode, _jobs(reader), 2 * workers):
-                for split, arrays in found.items():
-                    for tokens_of_piece in arrays:
-                        files[split].write(tokens_of_piece)
-                        digests[split].update(tokens_of_piece)
-                        tokens[split] += len(tokens_of_piece)
-                state["counts"] = job.counts
-                if job.pieces:
-                    last = job.pieces[-1]
-                    read = last.position or (sizes[last.cursor[0]] if last.ends else 0)
-                    bar.update(max(0, before[last.cursor[0]] + read - bar.n))
-                    since += sum(len(piece.text) for piece in job.pieces)
-                    if since >= LEDGER and last.ends and reader.left == math.inf:
-                        state["cursor"], since = last.cursor, 0
-                        state["sha256"] = {split: digest.hexdigest() for split, digest in digests.items()}
-                        for file in files.values():
-                            sync_open(file)
-                        write_atomic(ledger, json.dumps({"state": state, "hash": short_hash(state)}).encode())
-    finally:
-        for file in files.values():
-            file.close()
-    return state["counts"]
+    workers = reader.cfg.workers or os.cpu_count() or 1
+    chunks: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    counts, characters = dict(reader.counts), 0
+
+    def write_part(cursor: list[Any] | None) -> None:
+        empty = np.empty(0, _dtype(tokenizer))
+        tokens = {split: np.concatenate([empty, *arrays]) for split, arrays in chunks.items()}
+        _write_part(folder, number, Part(cursor, counts, tokens))
+        for arrays in chunks.values():
+            arrays.clear()
+
+    with bar, ThreadPoolExecutor(workers) as pool:  # tiktoken lets go of the interpreter lock
+        encode = functools.partial(_encode, tokenizer=tokenizer)
+        for job, tokens in _in_order(pool, encode, _jobs(reader), 2 * workers):
+            for split, arrays in tokens.items():
+                chunks[split] += arrays
+            counts = job.counts
+            if not job.pieces:
+                continue
+            last = job.pieces[-1]
+            read = last.position or (sizes[last.cursor[0]] if last.ends else 0)
+            bar.update(max(0, before[last.cursor[0]] + read - bar.n))
+            characters += sum(len(piece.text) for piece in job.pieces)
+            if characters >= PART:
+                write_part(last.cursor if last.ends and reader.left == math.inf else None)
+                number, characters = number + 1, 0
+    write_part(None)
+    return number + 1, counts
+
+
+def _join_parts(folder: Path, count: int, path: Path, split: str, dtype: np.dtype) -> None:
+    """The tokens of a split in one file, with room for a header."""
+    with open(path, "wb") as file:
+        file.write(bytes(HEADER))
+        for number in range(count):
+            part = _read_part(folder, number, dtype)
+            if part is None:
+                raise DataError(f"{folder}: part {number} is damaged; run it again")
+            file.write(part.tokens[split])
 
 
 def _finish(path: Path, tokenizer: Tokenizer, split: str, counts: dict[str, int]) -> None:
@@ -570,21 +618,20 @@ def _finish(path: Path, tokenizer: Tokenizer, split: str, counts: dict[str, int]
         header = {"version": FORMAT, "dtype": dtype.str, "count": count, "documents": documents, "split": split}
         header |= {"vocab": tokenizer.n_vocab, "tokenizer_hash": tokenizer.hash, "eos_id": tokenizer.eos_id}
         body = json.dumps(header | {"counts": counts}, sort_keys=True).encode().ljust(HEADER - BODY)
-        file.seek(HEADER)
-        digest = hashlib.sha256(body)
-        while block := file.read(1 << 20):
-            digest.update(block)
+        file.seek(BODY)
+        file.write(body)
+        file.flush()
         file.seek(0)
-        file.write(MAGIC + digest.hexdigest().encode() + body)
+        file.write(MAGIC + _body_sha256(path).encode())
         sync_open(file)
 
 
-def _opened(folder: Path) -> dict[str, TokenShards] | None:
-    """The shards of both splits; None where there are none, or damaged ones."""
+def _open_shards(folder: Path) -> dict[str, TokenShards] | None:
+    """The shards of both splits; None where there are none, or unusable ones."""
     if not folder.is_dir():
         return None
     try:
-        return {split: TokenShards(folder / f"{split}.bin") for split in ("train", "val")}
+        return {split: TokenShards(folder / f"{split}.bin") for split in SPLITS}
     except DataError as error:
         print(f"{error}; building it again", file=sys.stderr)
         return None
@@ -600,20 +647,21 @@ def _shards(reader: Reader, settings: list[Any], tokenizer: Tokenizer, progress:
     name = key()
     folder = Path(cfg.cache_dir) / "shards" / name
     with lock(folder.with_suffix(".lock")):
-        if found := _opened(folder):
-            return found
+        if shards := _open_shards(folder):
+            return shards
         building = folder.with_suffix(".building")
         building.mkdir(exist_ok=True)
-        counts = tokenise(building, reader, tokenizer, progress)
+        parts, counts = tokenise(building / "parts", reader, tokenizer, progress)
         if key() != name:
             shutil.rmtree(building)
             raise DataError(f"{inputs[0].name}, ...: changed while being read; run it again")
-        for split in ("train", "val"):
+        for split in SPLITS:
+            _join_parts(building / "parts", parts, building / f"{split}.bin", split, _dtype(tokenizer))
             _finish(building / f"{split}.bin", tokenizer, split, counts)
-        (building / "ledger.json").unlink(missing_ok=True)
+        shutil.rmtree(building / "parts")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
-        return {split: TokenShards(folder / f"{split}.bin") for split in ("train", "val")}
+        return {split: TokenShards(folder / f"{split}.bin") for split in SPLITS}
 
 
 def short_hash(value: Any) -> str:
@@ -639,7 +687,7 @@ class Corpus(NamedTuple):
     groups: list[tuple[float, list[Input]]]  # of training text, with their weights
     val: list[Input]
     settings: list[Any]  # what decides the split, for keys
-    split_of: SplitOf  # of the documents of the groups
+    split_of: SplitFn  # of the documents of the groups
 
 
 def open_corpus(cfg: DataConfig) -> Corpus:
@@ -659,12 +707,12 @@ def open_corpus(cfg: DataConfig) -> Corpus:
 
 
 def split_by_hash(digest: bytes, limit: int) -> str:
-    """By nothing but the text, so equal documents never part, and a document added elsewhere moves no other."""
+    """By the text alone, so equal documents are on one side, and a document added elsewhere moves no other."""
     return "val" if int.from_bytes(digest, "little") < limit else "train"
 
 
 def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = None, progress: bool = True) -> Prepared:
-    """Tokenises on first use, and opens what an earlier run has left otherwise. Several processes may do it at once.
+    """Tokenises on first use, later opens the shards of an earlier run. Several processes may do it at once.
 
     tokenizer: that of a model that there is already, whatever the configuration names
     """
@@ -674,9 +722,9 @@ def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = N
         raise DataError(f"data.tokenizer: expected at most model.vocab_size {vocab_size} ids, got {tokenizer.n_vocab}")
     train: list[tuple[TokenShards, float]] = []
     val: list[TokenShards] = []
-    whole = replace(cfg, streaming=False)  # what one validates on is small
+    unstreamed = replace(cfg, streaming=False)  # validation text is small
     if text.val:
-        val.append(_shards(Reader(whole, text.val, lambda digest: "val"), ["val"], tokenizer, progress)["val"])
+        val.append(_shards(Reader(unstreamed, text.val, lambda digest: "val"), ["val"], tokenizer, progress)["val"])
     for weight, inputs in text.groups:
         if cfg.streaming:
             if not text.val:  # at its head; the batches leave these documents out wherever they come
@@ -685,25 +733,29 @@ def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = N
                 )
                 val.append(_shards(reader, ["head", HEAD, *text.settings], tokenizer, progress)["val"])
             continue
-        found = _shards(Reader(cfg, inputs, text.split_of), text.settings, tokenizer, progress)
-        if not len(found["train"]):
-            raise DataError(f"data.train: {named(inputs)}: nothing to train on ({counted(found['train'].counts)})")
-        train.append((found["train"], weight))
-        val += [] if text.val else [found["val"]]
+        shards = _shards(Reader(cfg, inputs, text.split_of), text.settings, tokenizer, progress)
+        if not len(shards["train"]):
+            raise no_training_text(inputs, shards["train"].counts)
+        train.append((shards["train"], weight))
+        val += [] if text.val else [shards["val"]]
     if not any(map(len, val)):
-        what = counted(val[0].counts)
-        where = f"data.val: {named(text.val)}" if text.val else f"data.val_fraction {cfg.val_fraction:g}"
-        hint = "" if text.val else "; give data.val, a larger share or more documents"
-        raise DataError(f"{where}: nothing to validate on ({what}){hint}")
+        counts = describe_counts(val[0].counts)
+        where = f"data.val: {describe_inputs(text.val)}" if text.val else f"data.val_fraction {cfg.val_fraction:g}"
+        hint = "" if text.val else "; give data.val, a larger fraction or more documents"
+        raise DataError(f"{where}: nothing to validate on ({counts}){hint}")
     return Prepared(tokenizer, train, [shards for shards in val if len(shards)])
 
 
-def named(inputs: list[Input]) -> str:
+def describe_inputs(inputs: list[Input]) -> str:
     return inputs[0].name + (f" and {len(inputs) - 1} more" if len(inputs) > 1 else "")
 
 
-def counted(counts: dict[str, int]) -> str:
+def describe_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items())) or "no documents"
+
+
+def no_training_text(inputs: list[Input], counts: dict[str, int]) -> DataError:
+    return DataError(f"data.train: {describe_inputs(inputs)}: nothing to train on ({describe_counts(counts)})")
 
 
 def _tokenizer(cfg: DataConfig, text: Corpus, vocab_size: int, progress: bool) -> Tokenizer:
@@ -713,11 +765,11 @@ def _tokenizer(cfg: DataConfig, text: Corpus, vocab_size: int, progress: bool) -
     inputs = [identities(cfg, inputs) for _, inputs in text.groups]
     folder = Path(cfg.cache_dir) / "tokenizers" / short_hash([inputs, text.settings, SAMPLE, vocab_size])
     with lock(folder.with_suffix(".lock")):
-        found = _load_trained(folder)
-        if found is None:
+        tokenizer = _load_trained(folder)
+        if tokenizer is None:
             sample = [piece for _, group in text.groups for piece in _sample(cfg, group, text, len(text.groups))]
             if not sample:
-                raise DataError(f"data.train: {named(text.groups[0][1])}: nothing to train on")
+                raise DataError(f"data.train: {describe_inputs(text.groups[0][1])}: nothing to train on")
             if progress:
                 size = sum(map(len, sample))
                 print(f"training a tokenizer of {vocab_size} ids on {size:,} characters", file=sys.stderr)
@@ -727,29 +779,29 @@ def _tokenizer(cfg: DataConfig, text: Corpus, vocab_size: int, progress: bool) -
             (building / "hash").write_text(trained.hash)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(building, folder)
-            found = load_tokenizer(folder)
-    return found
+            tokenizer = load_tokenizer(folder)
+    return tokenizer
 
 
 def _load_trained(folder: Path) -> Tokenizer | None:
     try:
-        found = load_tokenizer(folder)
-        return found if (folder / "hash").read_text() == found.hash else None
+        tokenizer = load_tokenizer(folder)
+        return tokenizer if (folder / "hash").read_text() == tokenizer.hash else None
     except (DataError, OSError, ValueError):
         return None  # not there, or damaged
 
 
 def _sample(cfg: DataConfig, inputs: list[Input], text: Corpus, groups: int) -> list[str]:
-    """Training text from all over the inputs, up to a share of SAMPLE characters."""
+    """Training text from all over the inputs: this group's part of SAMPLE characters."""
     limit = SAMPLE / groups
     total = math.inf if any(item.path is None for item in inputs) else sum(item.path.stat().st_size for item in inputs)
-    share = 1.0 if total == math.inf else min(1.0, limit / max(1, total))
-    kept, seen, sample = 0, 0, []
+    fraction = 1.0 if total == math.inf else min(1.0, limit / max(1, total))
+    taken, read, sample = 0, 0, []
     for piece in Reader(cfg, inputs, text.split_of):
-        seen += len(piece.text)
-        if piece.split == "train" and kept < share * seen:
+        read += len(piece.text)
+        if piece.split == "train" and taken < fraction * read:
             sample.append(piece.text)
-            kept += len(piece.text)
-        if kept >= limit:
+            taken += len(piece.text)
+        if taken >= limit:
             break
     return sample

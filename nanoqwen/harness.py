@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from data import IGNORE
 from model import GPT, RequestError, Sampling, beam_search, pad_rows, stream
+from nanoqwen.chat import chat_turns, joined
 from nanoqwen.config import Config
 from nanoqwen.errors import ConfigError, DataError, escape_terminal, say
 from nanoqwen.evaluate import Finished, figures_file, json_text, open_finished, source_folder, token_losses
 from nanoqwen.files import write_atomic
 from nanoqwen.runfolder import source_record
-from nanoqwen.tokenizer import IM_END, Tokenizer, chat_turns, joined
+from nanoqwen.tokenizer import IM_END, Tokenizer
 from nanoqwen.weights import CheckpointError, resolve
 
 NEW_TOKENS = 256  # of an answer to a task that does not say how many, as lm-eval's hf backend has it

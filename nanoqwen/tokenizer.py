@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE tokenizers, the ChatML format and streamed decoding."""
+"""Text to token ids and back: byte-level BPE tokenizers and streamed decoding."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import re
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tiktoken
 
 from nanoqwen.errors import DataError
+from nanoqwen.files import json_bytes, read_json
 
 # How a text is cut into pieces before BPE; a token never crosses a cut.
 # GPT-2: github.com/openai/gpt-2 src/encoder.py. Qwen2, 2.5 and 3: the tokenizer.json of the released models.
@@ -106,8 +106,8 @@ class Tokenizer:
         config, token_map = (
             json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "special_tokens_map.json")
         )
-        named = _named_token("bos", config, token_map, {}, {})
-        return self.prefix[0] if named is None and self.prefix else self.special.get(named)
+        token = _named_token("bos", config, token_map, {}, {})
+        return self.prefix[0] if token is None and self.prefix else self.special.get(token)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`. `allow_special` turns the exact text of a control token into its id."""
@@ -118,10 +118,6 @@ class Tokenizer:
         for part in self._special_cut.split(text):
             ids += [self.special[part]] if part in self.special else self._encode_content(part)
         return ids
-
-    def encode_batch(self, texts: Iterable[str], num_threads: int = 8) -> list[list[int]]:
-        with ThreadPoolExecutor(num_threads) as pool:  # tiktoken lets go of the interpreter lock
-            return list(pool.map(self.encode, texts))
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as uint32 [T]: a list of Python integers would take a quarter longer to make and to convert."""
@@ -204,14 +200,14 @@ def _short(error: BaseException) -> str:
 
 
 def _default_system(chat_template: str | None) -> str | None:
-    found = DEFAULT_SYSTEM.search(chat_template or "")
-    if found is None:
+    match = DEFAULT_SYSTEM.search(chat_template or "")
+    if match is None:
         return None
-    return re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], found[1])
+    return re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], match[1])
 
 
 class StreamDecoder:
-    """Decodes one row of ids as they come; what it returned is never taken back."""
+    """Decodes one row of ids as they come; returned text is final."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_special: bool = True) -> None:
         if isinstance(stop, str) or not all(stop):
@@ -219,10 +215,10 @@ class StreamDecoder:
         self.stopped = False
         self._tokenizer, self._stop, self._skip_special = tokenizer, tuple(stop), skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._pending = ""
 
     def feed(self, ids: Iterable[int]) -> str:
-        """New printable text, without half characters and what may yet become a stop string."""
+        """New printable text, without half a character and what may still become a stop string."""
         return self._release(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special), final=False)
 
     def flush(self) -> str:
@@ -232,15 +228,15 @@ class StreamDecoder:
     def _release(self, data: bytes, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._held + self._utf8.decode(data, final)
+        text = self._pending + self._utf8.decode(data, final)
         # The stop string that was completed first decides; of two that end together, the longer.
         starts = [(text.find(stop), stop) for stop in self._stop]
-        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+        matches = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if matches:
+            self.stopped, self._pending = True, ""
+            return text[: min(matches)[1]]
         keep = 0 if final else self._open_stop(text)
-        self._held = text[len(text) - keep :]
+        self._pending = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def _open_stop(self, text: str) -> int:
@@ -322,15 +318,15 @@ def _from_folder(folder: Path) -> Tokenizer:
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     generation = folder / "generation_config.json"
-    ends = _json(generation, generation.read_bytes()) if generation.is_file() else {}
+    ends = read_json(generation, DataError) if generation.is_file() else {}
     return _from_files(str(folder), files, folder, ends)
 
 
 def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: dict[str, Any]) -> Tokenizer:
     path = folder / "tokenizer.json"
-    spec = _json(path, files["tokenizer.json"])
-    config = _json(folder / "tokenizer_config.json", files.get("tokenizer_config.json", b"{}"))
-    token_map = _json(folder / "special_tokens_map.json", files.get("special_tokens_map.json", b"{}"))
+    spec = _parse_json(path, files["tokenizer.json"])
+    config = _parse_json(folder / "tokenizer_config.json", files.get("tokenizer_config.json", b"{}"))
+    token_map = _parse_json(folder / "special_tokens_map.json", files.get("special_tokens_map.json", b"{}"))
     try:
         added = [(t["content"], t["id"], t["special"]) for t in spec.get("added_tokens") or []]
         listed = config.get("added_tokens_decoder") or {}
@@ -354,12 +350,12 @@ def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: di
         if token is not None and token not in special:
             raise DataError(f"{path}: {which} {token!r} is not among the added_tokens")
     if not config.get("eos_token"):
-        files = files | {"tokenizer_config.json": _dump(_config(eos, bos, None) | config | {"eos_token": eos})}
+        files = files | {"tokenizer_config.json": json_bytes(_config(eos, bos, None) | config | {"eos_token": eos})}
     options = {"nfc": nfc, "prefix": prefix, "visible": visible, "chat_template": template, "files": files}
     return Tokenizer(name, ranks, pattern, special, eos=eos, bos=bos, **options)
 
 
-def _json(path: Path, content: bytes) -> dict[str, Any]:
+def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except ValueError as error:
@@ -428,9 +424,9 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any] | None) -> str:
             pattern = split["pattern"].get("Regex")
             if pattern and split["behavior"] == "Isolated" and not split["invert"]:
                 return pattern
-    found = json.dumps(pre_tokenizer, ensure_ascii=False)[:200]
+    spec = json.dumps(pre_tokenizer, ensure_ascii=False)[:200]
     raise DataError(
-        f"{path}: pre_tokenizer is {found}; supported are Split(Regex, Isolated) + ByteLevel(use_regex false) "
+        f"{path}: pre_tokenizer is {spec}; supported are Split(Regex, Isolated) + ByteLevel(use_regex false) "
         "and ByteLevel(use_regex true), both with add_prefix_space false"
     )
 
@@ -462,9 +458,9 @@ def _named_token(
     generation: dict[str, Any],
     texts: dict[int, str],
 ) -> str | None:
-    for named in (config.get(f"{which}_token"), token_map.get(f"{which}_token")):
-        if named:
-            return named["content"] if isinstance(named, dict) else named
+    for token in (config.get(f"{which}_token"), token_map.get(f"{which}_token")):
+        if token:
+            return token["content"] if isinstance(token, dict) else token
     token_id = generation.get(f"{which}_token_id")
     return texts.get(token_id[0] if isinstance(token_id, list) else token_id)
 
@@ -493,10 +489,6 @@ def _config(eos: str, bos: str | None, chat_template: str | None) -> dict[str, A
     return {key: value for key, value in config.items() if value is not None}
 
 
-def _dump(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
-
-
 def _built_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files of a tokenizer that came without any: bytes and tiktoken's."""
     letters = {byte: letter for letter, byte in _byte_letters().items()}
@@ -512,7 +504,7 @@ def _built_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     spec = _spec(model, tokenizer.pattern, tokenizer.nfc, tokenizer.special)
     eos = next(text for text, token_id in tokenizer.special.items() if token_id == tokenizer.eos_id)
     config = _config(eos, None, tokenizer.chat_template)
-    return {"tokenizer.json": _dump(spec), "tokenizer_config.json": _dump(config)}
+    return {"tokenizer.json": json_bytes(spec), "tokenizer_config.json": json_bytes(config)}
 
 
 def _spec(model: dict[str, Any], pattern: str, nfc: bool, special: Mapping[str, int]) -> dict[str, Any]:
@@ -580,77 +572,5 @@ def train_tokenizer(
     spec = _spec(json.loads(bpe.to_str())["model"], pattern, True, special)
     has_chat = {IM_START, IM_END} <= special.keys()
     config = _config(special_tokens[0], None, CHATML_TEMPLATE if has_chat else None)
-    files = {"tokenizer.json": _dump(spec), "tokenizer_config.json": _dump(config)}
+    files = {"tokenizer.json": json_bytes(spec), "tokenizer_config.json": json_bytes(config)}
     return _from_files("trained", files, Path("trained"), {})
-
-
-class Turn(NamedTuple):
-    """One message as ids."""
-
-    role: str
-    given: list[int]  # the header; of anyone but an assistant, all of the turn
-    learned: list[int]  # what an assistant has to write: its content and <|im_end|>
-    gap: list[int]  # the newline between turns
-
-    @property
-    def size(self) -> int:
-        return len(self.given) + len(self.learned) + len(self.gap)
-
-
-def chat_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[Turn]:
-    """Each message in ChatML, after the default system message where the tokenizer has one and the messages do not.
-
-    An assistant's header and its content are encoded apart, as they are when a model writes the content, so training
-    and sampling see the same ids.
-    """
-    start, end = tokenizer.special.get(IM_START), tokenizer.special.get(IM_END)
-    if start is None or end is None:
-        raise DataError(f'tokenizer "{tokenizer.name}": a chat needs the control tokens {IM_START} and {IM_END}')
-    turns = [_turn(index, message) for index, message in enumerate(messages)]
-    if not turns:
-        raise DataError("messages: expected at least one message, got none")
-    if turns[0][0] != "system" and tokenizer.default_system is not None:
-        turns.insert(0, ("system", tokenizer.default_system))
-    header, newline = [start, *tokenizer.encode("assistant\n")], tokenizer.encode("\n")
-    found = []
-    for role, content in turns:
-        if role == "assistant":
-            found.append(Turn(role, header, [*tokenizer.encode(content), end], newline))
-        else:
-            found.append(Turn(role, [start, *tokenizer.encode(f"{role}\n{content}"), end], [], newline))
-    return found
-
-
-def render_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
-) -> tuple[list[int], list[int]]:
-    """ChatML ids, and a mask that is 1 on what an assistant has to write.
-
-    `generate` ends with the open header of an assistant's turn.
-    """
-    ids, mask = joined(chat_turns(messages, tokenizer))
-    if generate:
-        header = [tokenizer.special[IM_START], *tokenizer.encode("assistant\n")]
-        ids += header
-        mask += [0] * len(header)
-    return ids, mask
-
-
-def joined(turns: Iterable[Turn]) -> tuple[list[int], list[int]]:
-    """Ids and mask of turns one after the other."""
-    ids: list[int] = []
-    mask: list[int] = []
-    for turn in turns:
-        ids += turn.given + turn.learned + turn.gap
-        mask += [0] * len(turn.given) + [1] * len(turn.learned) + [0] * len(turn.gap)
-    return ids, mask
-
-
-def _turn(index: int, message: Mapping[str, str]) -> tuple[str, str]:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if role not in ("system", "user", "assistant"):
-        raise DataError(f"message {index}: expected role system, user or assistant, got {role!r}")
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise DataError(f"message {index} ({role}): expected content to be a string, got {content!r:.80}")
-    return role, content

@@ -21,10 +21,11 @@ from corpora import ROOT
 import finetune
 from data import IGNORE, ChatBatches, chat_windows, show
 from nanoqwen import chat, corpus
-from nanoqwen.chat import ChatData, Example, conversation, fitted, packed, prepare_chat
+from nanoqwen.builtin import docstring_pairs
+from nanoqwen.chat import ChatData, Example, conversation, fitted, packed, prepare_chat, render_chat
 from nanoqwen.config import ChatConfig
 from nanoqwen.errors import DataError
-from nanoqwen.tokenizer import BYTES_PATTERN, Tokenizer, load_tokenizer, render_chat
+from nanoqwen.tokenizer import BYTES_PATTERN, Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 START, END = 257, 258  # <|im_start|>, <|im_end|> of the tokenizer `bytes`
@@ -617,7 +618,7 @@ def long():
 
 
 def test_docstring_pairs():
-    found = {request: answer for _, request, answer in chat.docstring_pairs(MODULE)}
+    found = {request: answer for _, request, answer in docstring_pairs(MODULE)}
     assert found == {
         "Write the Python function `name(self)`.\n\nThe last part.": (
             "def name(self):\n    # a comment\n    return self.parts[-1]"

@@ -413,9 +413,10 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(build, tmp_path):
     assert one.train[0][0].fingerprint == two.train[0][0].fingerprint
 
 
-def test_e7_any_flipped_bit_is_noticed_and_mended(build, tmp_path, capsys):
+def test_e7_any_flipped_bit_is_found_by_verify(build, tmp_path):
     jsonl(tmp_path / "a.jsonl", texts(30))
     shards = build("a.jsonl").train[0][0]
+    shards.verify()
     good = shards.path.read_bytes()
     rng = random.Random(0)
     places = [0, 17, 79, 80, 100, 300, corpus.HEADER - 1, corpus.HEADER, len(good) - 1]
@@ -424,13 +425,23 @@ def test_e7_any_flipped_bit_is_noticed_and_mended(build, tmp_path, capsys):
         bad[at] ^= 1 << rng.randrange(8)
         shards.path.write_bytes(bad)
         with pytest.raises(DataError):
-            TokenShards(shards.path)
-    for bad in (b"", good[:50], good[:-1], good + b"\0", good[: corpus.HEADER]):
-        shards.path.write_bytes(bad)
+            TokenShards(shards.path).verify()
+    shards.path.write_bytes(bad)
+    with pytest.raises(DataError, match=r"train\.bin: damaged, its SHA-256 .*; delete .* and run python data\.py"):
+        shards.verify()
+
+
+def test_e7_a_shard_without_a_header_or_of_another_size_is_built_again(build, tmp_path, capsys):
+    jsonl(tmp_path / "a.jsonl", texts(30))
+    path = build("a.jsonl").train[0][0].path
+    good = path.read_bytes()
+    no_json = good[: corpus.BODY] + b"?" + good[corpus.BODY + 1 :]
+    for bad in (b"", good[:50], good[:-1], good + b"\0", good[: corpus.HEADER], b"x" + good[1:], no_json):
+        path.write_bytes(bad)
         with pytest.raises(DataError):
-            TokenShards(shards.path)
-    assert build("a.jsonl").train[0][0].path.read_bytes() == good
-    assert "building it again" in capsys.readouterr().err
+            TokenShards(path)
+        assert build("a.jsonl").train[0][0].path.read_bytes() == good
+        assert "building it again" in capsys.readouterr().err
 
 
 def test_e7_a_flipped_bit_in_the_trained_tokenizer_is_mended(build, tmp_path):
@@ -446,7 +457,7 @@ def test_e7_a_flipped_bit_in_the_trained_tokenizer_is_mended(build, tmp_path):
 KILLED = """
 import json, os, sys
 from nanoqwen import corpus
-corpus.JOB, corpus.LEDGER = 200, 1000
+corpus.JOB, corpus.PART = 200, 1000
 left = int(sys.argv[2])
 def dying(path, content, write=corpus.write_atomic):
     global left
@@ -468,23 +479,21 @@ def test_d05_a_killed_preparation_goes_on_and_ends_byte_identical(build, tmp_pat
     jsonl(tmp_path / "a.jsonl", texts(150))
     whole = build("a.jsonl")
     expected = shard_bytes(tmp_path / "cache")
-    for entries in ("1", "3"):  # the second goes on behind the first, and is killed as well
-        script = [sys.executable, "-c", KILLED, str(tmp_path / "a.jsonl"), entries, str(tmp_path / "killed")]
+    for parts in ("1", "3"):  # the second resumes behind the first, and is killed as well
+        script = [sys.executable, "-c", KILLED, str(tmp_path / "a.jsonl"), parts, str(tmp_path / "killed")]
         done = subprocess.run(script, cwd=ROOT, check=False)
         assert done.returncode == -signal.SIGKILL
         assert not shard_bytes(tmp_path / "killed")  # nothing is there before all of it is
-    (ledger,) = (tmp_path / "killed").glob("shards/*.building/ledger.json")
-    assert json.loads(ledger.read_text())["state"]["cursor"][1] > 20
-    for name, at in (
-        ("train.bin", corpus.HEADER + 50),
-        ("ledger.json", 30),
-    ):  # what was damaged since is not gone on with
-        copy = tmp_path / f"copy-{name}"
+    paths = sorted((tmp_path / "killed").glob("shards/*.building/parts/*.part"))
+    assert len(paths) == 4
+    assert corpus._read_part(paths[-1].parent, 3, np.dtype("<u2")).cursor[1] > 20
+    for path, at in ((paths[0], -5), (paths[-1], 80), (paths[1], 3)):  # what was damaged since is read anew
+        copy = tmp_path / f"copy-{path.name}"
         shutil.copytree(tmp_path / "killed", copy)
-        (path,) = copy.glob(f"shards/*.building/{name}")
-        content = bytearray(path.read_bytes())
+        (damaged,) = copy.glob(f"shards/*.building/parts/{path.name}")
+        content = bytearray(damaged.read_bytes())
         content[at] ^= 1
-        path.write_bytes(content)
+        damaged.write_bytes(content)
         build("a.jsonl", cache_dir=str(copy))
         assert shard_bytes(copy) == expected
     read = []
@@ -492,8 +501,9 @@ def test_d05_a_killed_preparation_goes_on_and_ends_byte_identical(build, tmp_pat
     monkeypatch.setattr(corpus.Reader, "items", lambda self, *a: read.append(a) or document(self, *a))
     again = build("a.jsonl", cache_dir=str(tmp_path / "killed"))
     assert shard_bytes(tmp_path / "killed") == expected
-    assert len(read) < 130  # the work before the ledger's last entry was not done twice
+    assert len(read) < 130  # the work of the parts was not done twice
     assert again.train[0][0].fingerprint == whole.train[0][0].fingerprint
+    assert {path.name for path in again.train[0][0].path.parent.iterdir()} == {"train.bin", "val.bin"}
     assert not list((tmp_path / "killed").glob("shards/*.building"))
 
 

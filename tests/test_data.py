@@ -17,11 +17,12 @@ import tiny
 import torch
 from corpora import EOS, ROOT, documents, jsonl, made, split_at_eos, stream_config, texts, tokens, write_as
 
+import bench
 import data
 from data import IGNORE, Mixture, PretrainBatches, StreamBatches, eval_windows, open_batches, shuffled, token_bytes
 from nanoqwen.config import DataConfig
 from nanoqwen.corpus import prepare
-from nanoqwen.errors import DataError
+from nanoqwen.errors import ConfigError, DataError
 from nanoqwen.tokenizer import load_tokenizer, train_tokenizer
 
 GOLDEN_ORDER = [3, 8, 5, 6, 7, 1, 4, 0, 9, 2]
@@ -320,7 +321,7 @@ def test_streams_refuse_what_they_cannot_do(tmp_path):
     stream = StreamBatches(stream_config(tmp_path, "a.jsonl"), load_tokenizer("bytes"), 8, 2, 0)
     sha = stream.sha(0)
     assert stream.sha(0) == sha
-    with pytest.raises(DataError, match="goes on with step 1"):
+    with pytest.raises(DataError, match="resumes with step 1"):
         stream(5)
     state = stream.state()
     jsonl(tmp_path / "a.jsonl", texts(21))
@@ -378,10 +379,26 @@ def test_the_program(tmp_path, capsys):
     assert "16 of 16 positions are trained" in said
 
 
+def test_prepare_verifies_on_request(tmp_path, capsys):
+    jsonl(tmp_path / "a.jsonl", texts(60))
+    options = [f"--data.train={tmp_path}/a.jsonl", f"--cache_dir={tmp_path}/cache", "--tokenizer=bytes"]
+    assert data.main(["prepare", "--verify", *options, "--val_fraction=0.2"]) == 0
+    (path,) = tmp_path.glob("cache/shards/*/train.bin")
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    data.main(["prepare", *options, "--val_fraction=0.2"])  # which reads sizes and headers alone
+    with pytest.raises(DataError, match=r"train\.bin: damaged") as error:
+        data.main(["prepare", *options, "--verify", "--val_fraction=0.2"])
+    assert error.value.exit_code == 3
+    with pytest.raises(ConfigError, match="verify"):
+        data.main(["show", *options, "--verify"])
+
+
 def test_bench_compares_preparation_with_tiktoken(tmp_path, capsys):
     jsonl(tmp_path / "a.jsonl", texts(60))
     options = [f"--data.train={tmp_path}/a.jsonl", f"--cache_dir={tmp_path}/cache", "--tokenizer=bytes"]
-    data.main(["bench", *options, "--val_fraction=0.2"])
+    bench.main(["prepare", *options, "--val_fraction=0.2"])
     said = dict(line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()[-6:])
     assert float(said["tokens"]) == float(said["characters"]) == sum(map(len, texts(60)))
     assert float(said["ratio"]) > 0
@@ -392,7 +409,7 @@ def test_bench_compares_preparation_with_tiktoken(tmp_path, capsys):
 def test_preparation_is_nearly_as_fast_as_tiktoken_alone(tmp_path):
     cfg = DataConfig(cache_dir=str(tmp_path))
     tokenizer = prepare(cfg, 4096, progress=False).tokenizer
-    assert data.benchmark(cfg, tokenizer)["cpu_ratio"] > 0.9
+    assert bench.tokenising_rates(cfg, tokenizer)["cpu_ratio"] > 0.9
 
 
 def test_the_program_leaves_with_3_and_one_line(tmp_path):

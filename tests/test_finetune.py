@@ -14,11 +14,11 @@ import torch
 
 import finetune
 from model import GPT, ModelConfig, generate
-from nanoqwen.chat import prepare_chat
+from nanoqwen.chat import prepare_chat, render_chat
 from nanoqwen.config import ChatConfig
 from nanoqwen.errors import ConfigError
 from nanoqwen.runfolder import verify
-from nanoqwen.tokenizer import load_tokenizer, render_chat
+from nanoqwen.tokenizer import load_tokenizer
 from nanoqwen.weights import export, load_model, resolve
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey"]

@@ -18,9 +18,10 @@ import torch
 
 import infer
 from model import GPT, generate
+from nanoqwen.chat import render_chat
 from nanoqwen.config import load_config
 from nanoqwen.errors import ConfigError, run_script
-from nanoqwen.tokenizer import load_tokenizer, render_chat, train_tokenizer
+from nanoqwen.tokenizer import load_tokenizer, train_tokenizer
 from nanoqwen.weights import export, load_model
 
 ROOT = Path(__file__).parents[1]

@@ -27,10 +27,11 @@ import finetune
 import train
 from model import generate
 from nanoqwen import weights
+from nanoqwen.chat import render_chat
 from nanoqwen.errors import ConfigError, DataError, exit_code_of
 from nanoqwen.routing import RoutingConfig, build_model
 from nanoqwen.share import card as card_module
-from nanoqwen.tokenizer import load_tokenizer, render_chat
+from nanoqwen.tokenizer import load_tokenizer
 from nanoqwen.weights import CheckpointError, export, load_model, resolve
 
 transformers.logging.set_verbosity_error()

@@ -21,7 +21,7 @@ from corpora import ROOT
 import finetune
 from data import IGNORE
 from nanoqwen.builtin import INJECTIONS, TEST_ROWS, TRAIN_ROWS, triplets
-from nanoqwen.chat import Audit, packed
+from nanoqwen.chat import Audit, packed, render_chat
 from nanoqwen.config import ContrastConfig
 from nanoqwen.errors import DataError
 from nanoqwen.injection.triplets import (
@@ -49,7 +49,7 @@ from nanoqwen.injection.triplets import (
     triplet_windows,
     validate,
 )
-from nanoqwen.tokenizer import Tokenizer, load_tokenizer, render_chat, train_tokenizer
+from nanoqwen.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 BYTES = load_tokenizer("bytes")
 START, END = 257, 258  # <|im_start|>, <|im_end|> of the tokenizer `bytes`

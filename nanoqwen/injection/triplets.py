@@ -28,25 +28,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import IGNORE, Batch, random_key, shuffled, token_sha
+from data import IGNORE, Batch, Batches, pack_rows, random_key, shuffled, split_rows
 from nanoqwen.builtin import INJECTIONS, triplets
-from nanoqwen.chat import Audit, Example, packed
+from nanoqwen.chat import Audit, Example, ExampleReader, chat_turns, packed
 from nanoqwen.config import ContrastConfig, DataConfig
 from nanoqwen.corpus import (
-    ROW_FILES,
     BadRow,
     Input,
-    RowReader,
-    essence,
     expand,
     listed,
+    normalized,
     reason,
-    row_object,
     split_by_hash,
+    text_field,
     type_name,
 )
 from nanoqwen.errors import DataError
-from nanoqwen.tokenizer import Tokenizer, chat_turns
+from nanoqwen.tokenizer import Tokenizer
 
 INJECTIONS_TEST = f"{INJECTIONS}-test"
 STREAMS = ("benign", "cf", "injection")
@@ -106,39 +104,33 @@ class Triplet(NamedTuple):
 def triplet(row: Mapping[str, Any], where: str) -> Triplet:
     """A row of any known shape. A table has every column in every row: null is as good as absent."""
     row = {key: value for key, value in row.items() if value is not None}
-    found = {}
+    texts = {}
     for name, aliases in ALIASES.items():
         key = next((alias for alias in aliases if alias in row), None)
         if key is not None:
-            found[name] = _text(row, key)
+            texts[name] = text_field(row, key)
         elif name in REQUIRED:
             raise BadRow(f"expected {' or '.join(aliases[:2])}, got {listed(row)}")
-    blank = next((name for name, text in found.items() if name != "system" and not text.strip()), None)
+    blank = next((name for name, text in texts.items() if name != "system" and not text.strip()), None)
     if blank is not None:
         raise BadRow(f"{blank}: expected text, got white space")
     one_sided = next((key for key in ONE_SIDED if key in row), None)
     if one_sided is not None:
         raise BadRow(f"{one_sided}: expected one context for all three prompts, under the key 'context'")
-    context = (_text(row, "context") or None) if "context" in row else None
-    group = _label(row, "group_id") or _digest(found["system"], context or "", found["user"])
-    answer = found["answer"]
+    context = (text_field(row, "context") or None) if "context" in row else None
+    group = _label(row, "group_id") or _digest(texts["system"], context or "", texts["user"])
+    answer = texts["answer"]
     return Triplet(
         where,
         _label(row, "id") or where,
         group,
-        found["system"],
+        texts["system"],
         context,
-        (found["user"], found["user_cf"], found["user_injection"]),
-        (answer, found.get("answer_cf", answer), found.get("answer_injection", answer)),
+        (texts["user"], texts["user_cf"], texts["user_injection"]),
+        (answer, texts.get("answer_cf", answer), texts.get("answer_injection", answer)),
         _attack(row),
         _label(row, "relation") or "same_task",
     )
-
-
-def _text(row: Mapping[str, Any], key: str) -> str:
-    if not isinstance(row[key], str):
-        raise BadRow(f"{key}: expected text, got {type_name(row[key])}")
-    return row[key]
 
 
 def _label(row: Mapping[str, Any], key: str) -> str | None:
@@ -153,8 +145,8 @@ def _attack(row: Mapping[str, Any]) -> Attack:
     known = row.get("attack", {})
     if not isinstance(known, dict):
         raise BadRow(f"attack: expected an object, got {type_name(known)}")
-    named = {"type": row.get("attack_type"), "technique": row.get("attack_technique")} | known
-    values = {key: _text(named, key) for key in Attack._fields if named.get(key) is not None}
+    fields = {"type": row.get("attack_type"), "technique": row.get("attack_technique")} | known
+    values = {key: text_field(fields, key) for key in Attack._fields if fields.get(key) is not None}
     if not values.get("canary", "x").strip():
         raise BadRow("attack.canary: expected text, got white space")
     strange = next((key for key, text in values.items() if key != "canary" and not text.isprintable()), None)
@@ -164,30 +156,22 @@ def _attack(row: Mapping[str, Any]) -> Attack:
 
 
 def _digest(*texts: str) -> str:
-    return hashlib.sha256(repr([essence(text) for text in texts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([normalized(text) for text in texts]).encode()).hexdigest()[:16]
 
 
-class TripletReader(RowReader):
-    """Triplets, each with its place as file:line; up to `most_bad` malformed rows of all that the audit knows are
-    counted and left out."""
+class TripletReader(ExampleReader):
+    """Triplets. Up to `most_bad` malformed rows of all that the audit knows are left out, one more is refused."""
 
-    def __init__(self, cfg: DataConfig, inputs: Sequence[Input], most_bad: int, audit: Audit) -> None:
-        super().__init__(cfg, inputs)
-        self.most_bad, self.audit = most_bad, audit
-
-    def items(self, raw: Any, cursor: list[Any]) -> Iterator[Triplet]:
-        where = f"{self.inputs[cursor[0]].name}:{cursor[1]}"
-        if not isinstance(raw, bytes | dict):
-            raise DataError(f"{raw}: expected rows ({', '.join(ROW_FILES)}), got a text file")
-        yield triplet(row_object(raw), where)
+    def __init__(self, cfg: DataConfig, inputs: Sequence[Input], audit: Audit, most_bad: int) -> None:
+        super().__init__(cfg, inputs, audit, triplet)
+        self.most_bad = most_bad
 
     def _bad(self, item: Input, row: int, error: Exception) -> None:
         bad = self.audit.dropped.get("malformed", 0) + 1
         if bad > self.most_bad:
             excess = f" (bad row number {bad}, contrast.max_bad_rows is {self.most_bad})" if self.most_bad else ""
             raise DataError(f"{item.name}:{row}: {reason(error)}{excess}")
-        self.audit.rows += 1
-        self.audit.leave_out("malformed", f"{item.name}:{row}: {reason(error)}")
+        self.leave_out("malformed", f"{item.name}:{row}: {reason(error)}")
 
 
 def read_triplets(cfg: ContrastConfig, sources: Sequence[str], key: str, audit: Audit) -> Iterator[Triplet]:
@@ -198,7 +182,7 @@ def read_triplets(cfg: ContrastConfig, sources: Sequence[str], key: str, audit: 
     inputs = expand([source for source in sources if source not in (INJECTIONS, INJECTIONS_TEST)], key)
     if inputs:
         data = DataConfig(train=tuple(sources), split=cfg.split)
-        yield from TripletReader(data, inputs, cfg.max_bad_rows, audit)
+        yield from TripletReader(data, inputs, audit, cfg.max_bad_rows)
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -241,37 +225,37 @@ def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> fl
 
 
 def straddling(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[str]:
-    """What is on both sides of a split, so that one side says nothing about how well the other was learned."""
-    found = []
+    """What is on both sides of a split, which makes results on one side say nothing about the other."""
+    overlaps = []
     groups = {row.group for row in train} & {row.group for row in val}
     if groups:
-        found.append(f"{len(groups)} groups are on both sides of the split, such as {sorted(groups)[0]!r}")
+        overlaps.append(f"{len(groups)} groups are on both sides of the split, such as {sorted(groups)[0]!r}")
     seen = {request: row.where for row in train for request in _requests(row)}
     same = [(seen[request], row.where) for row in val for request in _requests(row) if request in seen]
     if same:
-        found.append(f"{len(same)} prompts are on both sides of the split, such as {same[0][0]} and {same[0][1]}")
-    return found
+        overlaps.append(f"{len(same)} prompts are on both sides of the split, such as {same[0][0]} and {same[0][1]}")
+    return overlaps
 
 
 def _requests(row: Triplet) -> list[bytes]:
-    return [essence(row.request(stream)) for stream in range(3)]
+    return [normalized(row.request(stream)) for stream in range(3)]
 
 
 def validate(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[Finding]:
-    """What makes figures of these rows worthless, and what may."""
-    found, rows = straddling(train, val), [*train, *val]
+    """What makes results on these rows worthless, and what may."""
+    problems, rows = straddling(train, val), [*train, *val]
     other = [row.where for row in rows if row.answers[0] != row.answers[1] and row.relation != "different_task"]
     if other:
-        found.append(
+        problems.append(
             f"{len(other)} reworded requests have another answer, such as {other[0]} "
             "(relation: different_task where that is meant)"
         )
     if len(rows) > 1:
-        found += [f"{name}: the same in all {len(rows)} rows" for name, values in _columns(rows) if len(values) == 1]
+        problems += [f"{name}: the same in all {len(rows)} rows" for name, values in _columns(rows) if len(values) == 1]
     aside = [row.where for row in rows if row.context and 0 < sum(row.context in user for user in row.users) < 3]
     if aside:
-        found.append(f"{len(aside)} rows repeat the context in some of their prompts alone, such as {aside[0]}")
-    findings = [Finding(text, True) for text in found]
+        problems.append(f"{len(aside)} rows repeat the context in some of their prompts alone, such as {aside[0]}")
+    findings = [Finding(text, True) for text in problems]
     auc = area_under_curve([len(row.users[2]) for row in rows], [len(row.users[0]) for row in rows])
     if max(auc, 1 - auc) > LENGTH_AUC:
         findings.append(Finding(f"length alone tells injected from benign prompts with an AUC of {auc:.2f}", False))
@@ -293,12 +277,12 @@ def split_triplets(cfg: ContrastConfig, audit: Audit) -> tuple[list[Triplet], li
     train = list(islice(read_triplets(cfg, cfg.train, "contrast.train", audit), most))
     audit.rows += len(train) + len(val)
     if not cfg.val:
-        limit, given = int(cfg.val_fraction * 2**64), train
+        limit, all_rows = int(cfg.val_fraction * 2**64), train
         train = []
-        for family in families(given):
+        for family in families(all_rows):
             digest = min(hashlib.sha256(row.group.encode()).digest()[:8] for row in family)
             (val if split_by_hash(digest, limit) == "val" else train).extend(family)
-        place = {row.where: number for number, row in enumerate(given)}  # in the order of the files
+        place = {row.where: number for number, row in enumerate(all_rows)}  # in the order of the files
         train.sort(key=lambda row: place[row.where]), val.sort(key=lambda row: place[row.where])
         del train[cfg.limit or len(train) :]
     for rows, name in ((train, "contrast.train"), (val, "contrast.val" if cfg.val else "contrast.val_fraction")):
@@ -339,26 +323,26 @@ def _stream(row: Triplet, number: int, tokenizer: Tokenizer, size: int) -> Strea
         [*row.messages(number), {"role": "assistant", "content": row.answers[number]}], tokenizer
     )
     header = len(tokenizer.encode("user\n")) + 1
-    given, pooled = user.given, _user_tokens(user.given, row.users[number], tokenizer)
+    turn_ids, pooled = user.given, _user_tokens(user.given, row.users[number], tokenizer)
     excess = sum(turn.size for turn in (*before, user, answer)) - len(answer.gap) - size
-    keep = len(given) - header - 1 - max(0, excess)  # of the request, whose middle goes
+    keep = len(turn_ids) - header - 1 - max(0, excess)  # of the request, whose middle goes
     if keep < 1:
         return None
     if excess > 0:
-        first, last = _whole_characters(given, header + keep // 2, len(given) - 1 - (keep - keep // 2), tokenizer)
-        given, pooled = given[:first] + given[last:], pooled[:first] + pooled[last:]
+        first, last = _whole_characters(turn_ids, header + keep // 2, len(turn_ids) - 1 - (keep - keep // 2), tokenizer)
+        turn_ids, pooled = turn_ids[:first] + turn_ids[last:], pooled[:first] + pooled[last:]
     front = [token for turn in before for token in turn.given + turn.gap]
-    prompt = [*front, *given, *user.gap, *answer.given]
+    prompt = [*front, *turn_ids, *user.gap, *answer.given]
     ids = np.array(prompt + answer.learned, "<i4")
     mask, pool = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
     mask[len(prompt) :] = True
-    pool[len(front) : len(front) + len(given)] = pooled
+    pool[len(front) : len(front) + len(turn_ids)] = pooled
     return Stream(Example(ids, mask, f"{row.where} ({STREAMS[number]})"), pool, prompt, excess > 0)
 
 
-def _user_tokens(given: list[int], text: str, tokenizer: Tokenizer) -> list[bool]:
+def _user_tokens(turn_ids: list[int], text: str, tokenizer: Tokenizer) -> list[bool]:
     """Which tokens of a user's turn are of the text that stands at its end: neither of the header nor of a context."""
-    sizes = [len(tokenizer.decode_bytes([token])) for token in given[1:-1]]
+    sizes = [len(tokenizer.decode_bytes([token])) for token in turn_ids[1:-1]]
     ends = np.cumsum(sizes)
     start = ends[-1] - len(tokenizer.decode_bytes(tokenizer.encode(text)))  # as the tokenizer normalises it
     return [False, *(ends > start).tolist(), False]
@@ -367,9 +351,9 @@ def _user_tokens(given: list[int], text: str, tokenizer: Tokenizer) -> list[bool
 def _whole_characters(ids: list[int], first: int, last: int, tokenizer: Tokenizer) -> tuple[int, int]:
     """The borders of what is cut, moved outwards until no character is cut in two."""
 
-    def broken(part: list[int]) -> bool:
+    def broken(ids: list[int]) -> bool:
         try:
-            tokenizer.decode_bytes(part).decode("utf-8")
+            tokenizer.decode_bytes(ids).decode("utf-8")
         except UnicodeDecodeError:
             return True
         return False
@@ -388,37 +372,37 @@ class TripletData(NamedTuple):
 
 
 def prepare_triplets(cfg: ContrastConfig, tokenizer: Tokenizer, seq_len: int) -> TripletData:
-    """Reads, validates and renders triplets, and says what became of each."""
+    """Reads, validates and renders triplets, with an audit."""
     audit = Audit()
     train, val = split_triplets(cfg, audit)
     for finding in validate(train, val):
         if finding.refused:
             raise DataError(f"contrast.train: {finding.text} (--show_data lists all)")
         audit.warnings.append(finding.text)
-    kept = [_kept(rows, tokenizer, seq_len, audit) for rows in (train, val)]
-    audit.train, audit.val = map(len, kept)
-    for rows, name in zip(kept, ("train", "val"), strict=True):
+    sides = [_tokenise(rows, tokenizer, seq_len, audit) for rows in (train, val)]
+    audit.train, audit.val = map(len, sides)
+    for rows, name in zip(sides, ("train", "val"), strict=True):
         if not rows:
             raise DataError(f"contrast.{name}: no triplet fits into seq_len {seq_len}")
-    examples = [stream.example for item in kept[0] for stream in item.streams]
+    examples = [stream.example for item in sides[0] for stream in item.streams]
     audit.tokens = sum(len(example.ids) for example in examples)
     audit.supervised = sum(int(example.mask.sum()) for example in examples)
-    return TripletData(*kept, audit)
+    return TripletData(*sides, audit)
 
 
-def _kept(rows: list[Triplet], tokenizer: Tokenizer, seq_len: int, audit: Audit) -> list[Tokenised]:
-    kept = []
+def _tokenise(rows: list[Triplet], tokenizer: Tokenizer, seq_len: int, audit: Audit) -> list[Tokenised]:
+    items = []
     for row in rows:
         item = tokenised(row, tokenizer, seq_len)
         if item is None:
             audit.leave_out("too long an answer", row.where)
             continue
-        kept.append(item)
+        items.append(item)
         for stream in item.streams:
             if stream.cut:
                 audit.truncated += 1
                 audit.name("truncated", stream.example.where)
-    return kept
+    return items
 
 
 # --- examples to batches ----------------------------------------------------------------------------------------------
@@ -438,25 +422,20 @@ class TripletBatch(NamedTuple):
 def batch_of(
     items: Sequence[Tokenised], slots: Sequence[Sequence[int]], seq_len: int, weights: Sequence[float]
 ) -> TripletBatch:
-    """`slots`: which streams are in each row. Each is a document of its own, and so is what fills up a row."""
-    shape = (len(slots), seq_len)
-    tokens, targets, streams = (np.full(shape, value, np.int64) for value in (0, IGNORE, IGNORE))
-    documents, loss_weights = np.empty(shape, np.int64), np.zeros(shape, np.float32)
+    """The streams of some triplets in rows. `slots`: numbers of the streams in each row."""
+    rows = [[items[number // 3].streams[number % 3] for number in slot] for slot in slots]
     filler = items[0].streams[0].example.ids[-1]
-    for row, members in enumerate(slots):
-        at = 0
-        for number, member in enumerate(members):
-            example, pooled, *_ = items[member // 3].streams[member % 3]
-            end = at + len(example.ids)
-            tokens[row, at:end], documents[row, at:end] = example.ids, number
-            targets[row, at : end - 1] = np.where(example.mask[1:], example.ids[1:], IGNORE)
-            loss_weights[row, at:end] = weights[member % 3]
-            streams[row, at:end] = np.where(pooled, member, IGNORE)
-            at = end
-        tokens[row, at:], documents[row, at:] = filler, len(members)
+    packed_rows = pack_rows([[stream.example for stream in row] for row in rows], seq_len, filler)
+    loss_weights = np.zeros((len(slots), seq_len), np.float32)
+    streams = np.full((len(slots), seq_len), IGNORE, np.int64)
+    for row, slot in enumerate(slots):
+        end = 0
+        for number, stream in zip(slot, rows[row], strict=True):
+            start, end = end, end + len(stream.pooled)
+            loss_weights[row, start:end] = weights[number % 3]
+            streams[row, start:end] = np.where(stream.pooled, number, IGNORE)
     groups = np.array(numbered(item.row.group for item in items))
-    parts = (tokens, targets, documents, loss_weights, streams, groups)
-    return TripletBatch(*map(torch.from_numpy, parts))
+    return TripletBatch(*packed_rows, *map(torch.from_numpy, (loss_weights, streams, groups)))
 
 
 def numbered(names: Iterable[str]) -> list[int]:
@@ -470,12 +449,12 @@ def fits(lengths: Sequence[int], seq_len: int, rows: int) -> bool:
     return max(lengths) <= seq_len and len(packed(lengths, seq_len)) <= rows
 
 
-class TripletBatches:
-    """The global batch of each step, a pure function of (seed, step), as PretrainBatches.
+class TripletBatches(Batches):
+    """Packed triplets.
 
-    The rows of a step are filled with as many triplets as fit, whose streams may lie in any of them. The next step goes
-    on with the next triplet of the epoch's permutation, epochs follow each other without a gap. Where a step begins
-    depends on the lengths before, which costs about a millisecond for each step that is skipped.
+    The rows of a step are filled with as many triplets as fit, whose streams may lie in any of them. The next step
+    continues with the next triplet of the epoch's permutation, epochs follow each other without a gap. Where a step
+    begins depends on the lengths before, which costs about a millisecond for each step that is skipped.
     """
 
     def __init__(
@@ -495,13 +474,10 @@ class TripletBatches:
         self.fingerprint = digest.hexdigest()[:32]
         self._starts = [0]  # of each step: how many triplets came before
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        self._kept: tuple[int, list[int], list[list[int]]] = (-1, [], [])
-
-    isolated = True
 
     @property
     def targets(self) -> float:
-        """Share of the positions that have one, about."""
+        """Fraction of the positions that have one, about."""
         learned = sum(int(stream.example.mask.sum()) for item in self.items for stream in item.streams)
         return learned / self.lengths.sum() * (1 - self.padding)
 
@@ -515,20 +491,14 @@ class TripletBatches:
 
     @property
     def padding(self) -> float:
-        """Share of the positions of the first epoch that hold nothing."""
+        """Fraction of the positions of the first epoch that hold nothing."""
         steps = self.steps_per_epoch
         members = self._members(0, self._start(steps))
         return 1 - self.lengths[members].sum() / (steps * self.rows * self.seq_len)
 
-    def __call__(self, step: int, rank: int = 0, world: int = 1) -> TripletBatch:
+    def make(self, step: int) -> TripletBatch:
         members, slots = self._plan(step)
-        part = slots[self.rows * rank // world : self.rows * (rank + 1) // world]
-        return batch_of([self.items[member] for member in members], part, self.seq_len, self.weights)
-
-    def sha(self, step: int) -> str:
-        """Hash of the tokens and targets of the global batch."""
-        batch = self(step)
-        return token_sha(np.stack([batch.tokens.numpy(), batch.targets.numpy()]))
+        return batch_of([self.items[member] for member in members], slots, self.seq_len, self.weights)
 
     def epoch(self, step: int) -> float:
         """How often, at the start of `step`, as many triplets have come as there are."""
@@ -541,12 +511,9 @@ class TripletBatches:
 
     def _plan(self, step: int) -> tuple[list[int], list[list[int]]]:
         """(the triplets of a step, the streams in each of its rows)"""
-        if self._kept[0] != step:
-            members = self._members(self._start(step), self._start(step + 1))
-            slots = packed(self.lengths[members].flatten().tolist(), self.seq_len)
-            slots += [[] for _ in range(self.rows - len(slots))]
-            self._kept = step, members, slots
-        return self._kept[1:]
+        members = self._members(self._start(step), self._start(step + 1))
+        slots = packed(self.lengths[members].flatten().tolist(), self.seq_len)
+        return members, slots + [[] for _ in range(self.rows - len(slots))]
 
     def _fitting(self, first: int) -> int:
         """How many triplets, from the `first` one on, fit into a step."""
@@ -561,10 +528,10 @@ class TripletBatches:
     def _members(self, first: int, last: int) -> list[int]:
         """The triplets with these numbers, counted over all epochs."""
         epochs, places = np.divmod(np.arange(first, last), len(self.items))
-        found: list[int] = []
+        members: list[int] = []
         for epoch in np.unique(epochs).tolist():
-            found += self._permutation(epoch)[places[epochs == epoch]].tolist()
-        return found
+            members += self._permutation(epoch)[places[epochs == epoch]].tolist()
+        return members
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -573,7 +540,7 @@ class TripletBatches:
         return self._order[1]
 
 
-PADDING = 0.1  # share of a step's positions that may hold nothing, where wider rows can prevent it
+PADDING = 0.1  # fraction of a step's positions that may be padding, where wider rows can prevent it
 
 
 def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, most: int) -> int:
@@ -582,21 +549,18 @@ def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, most: int) ->
     Streams are about as long as each other, so that in short rows there is often no room for one more. A row stays
     within `most` tokens. The number of ranks plays no part, because the width decides what is in a step.
     """
-    joined = [times for times in range(1, rows + 1) if rows % times == 0 and times * seq_len <= most]
-    joined = [t for t in joined if all(fits(item.lengths, t * seq_len, rows // t) for item in items)] or [1]
-    padding = {times * seq_len: TripletBatches(items, times * seq_len, rows // times).padding for times in joined}
-    return next((width for width, share in padding.items() if share < PADDING), min(padding, key=padding.get))
+    factors = [times for times in range(1, rows + 1) if rows % times == 0 and times * seq_len <= most]
+    factors = [t for t in factors if all(fits(item.lengths, t * seq_len, rows // t) for item in items)] or [1]
+    padding = {times * seq_len: TripletBatches(items, times * seq_len, rows // times).padding for times in factors}
+    return next((width for width, fraction in padding.items() if fraction < PADDING), min(padding, key=padding.get))
 
 
 def triplet_windows(items: Sequence[Tokenised], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
-    """The rows that every evaluation uses, in batches of at most `rows`: the same for any run, rank or world.
-
-    Triplets are taken from all over (`spread`), about as many as fill `max_tokens` positions.
-    """
+    """Rows of packed triplets, as for `data.eval_windows`: a fixed sample of about `max_tokens` positions."""
     chosen = spread(items, max(1, max_tokens * len(items) // sum(sum(item.lengths) for item in items)))
     slots = packed([length for item in chosen for length in item.lengths], seq_len)
     batch = batch_of(chosen, slots, seq_len, (1.0, 1.0, 1.0))
-    return [Batch(*(part[first : first + rows] for part in batch[:3])) for first in range(0, len(slots), rows)]
+    return split_rows(Batch(*batch[:3]), rows)
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -609,7 +573,7 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def check_triplets(cfg: ContrastConfig) -> int:
-    """Print what the rows are, and what is wrong with them; returns the exit code."""
+    """Print counts of the rows and their findings; returns the exit code."""
     audit = Audit()
     train, val = split_triplets(cfg, audit)
     kinds = Counter(row.attack.type for row in (*train, *val))

@@ -36,7 +36,7 @@ from nanoqwen.builtin import (
     conversations,
     triplets,
 )
-from nanoqwen.corpus import essence
+from nanoqwen.corpus import normalized
 from nanoqwen.injection.score import calibrate, obeyed, squeezed
 from nanoqwen.injection.triplets import LENGTH_AUC, Triplet, area_under_curve, triplet
 
@@ -183,8 +183,8 @@ def test_novelty_of_the_test_rows_is_what_the_training_rows_lack():
 
 def test_train_and_test_share_no_prompt():
     """Validation rows once repeated the training rows."""
-    seen = {essence(row[key]) for row in TRAIN for key in PROMPTS}
-    assert seen.isdisjoint(essence(row[key]) for row in TEST for key in PROMPTS)
+    seen = {normalized(row[key]) for row in TRAIN for key in PROMPTS}
+    assert seen.isdisjoint(normalized(row[key]) for row in TEST for key in PROMPTS)
 
 
 @SETS
