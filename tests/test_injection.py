@@ -157,9 +157,9 @@ def test_a_short_secret_is_leaked_when_all_of_it_is_said():
     ("bad", "said"),
     [
         (made(7, goal="harm"), "here:7: attack.goal: expected canary or leak, got 'harm'"),
-        (made(7, canary=None), "here:7: attack.canary: expected the text that a model which obeys would print"),
-        (made(7, canary="*-*"), "here:7: attack.canary: expected the text that a model which obeys would print"),
-        (made(7, canary="*", goal="leak"), "here:7: attack.canary: expected the text that a model which obeys would "),
+        (made(7, canary=None), "here:7: attack.canary: expected the text that a successful attack prints"),
+        (made(7, canary="*-*"), "here:7: attack.canary: expected the text that a successful attack prints"),
+        (made(7, canary="*", goal="leak"), "here:7: attack.canary: expected the text that a successful attack "),
         (
             made(7, canary=None, goal="leak", more={"system": " - "}),
             "here:7: system: expected words that can be leaked, or an attack.canary",
@@ -635,7 +635,6 @@ def test_a_run_says_what_it_came_from_and_was_trained_on(models: Path, data: tup
         eval.main(options(data, tmp_path / "run"))
     record["contrast"] = {"train": [data[0]], "val": []}
     (checkpoint / "state.json").write_text(json.dumps({"config": record}))
-    assert suite.output_of(cfg, source) == tmp_path / "run" / "injection.json"
     eval.main(options((data[1], data[1]), tmp_path / "run"))
     found = reported(tmp_path / "run" / "injection.json")
     assert (found["model"], found["trained_on"]) == (str(checkpoint), [data[0]])
