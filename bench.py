@@ -1,16 +1,15 @@
-"""How fast it is: tokens per second of reading, writing and training, each beside what it is compared with.
+"""Speed and memory: tokens per second of prefill, decode and training, each beside a baseline.
 
     python bench.py                          the shape of config.yaml, random weights
     python bench.py --preset 50M --device cpu
-    python bench.py sft                      fine-tuning: trained tokens per second, and memory at its peak
-    python bench.py sft --peer               and beside it transformers, with peft where --lora.rank is not 0
-    python bench.py routing                  routed layers beside dense ones: training, prefill, decoding, cache, FLOPs
-    python bench.py routing --quality        what they learn: validation loss at equal steps and at equal FLOPs
+    python bench.py sft                      fine-tuning: trained tokens per second, and peak memory
+    python bench.py sft --peer               the same beside transformers, with peft where --lora.rank is not 0
+    python bench.py routing                  routed models beside dense: training, prefill, decode, cache, FLOPs
     python bench.py prepare                  tokenising a corpus, beside tiktoken alone
-    python bench.py memory --preset 0.5B --on cuda --fit 24GB    what a run needs, and what to change until it fits
+    python bench.py memory --preset 0.5B --on cuda --fit 24GB    memory of a run, and what to change until it fits
 
-Figures are medians of several turns in which the things compared alternate, so that a slow moment of the machine hits
-all of them. Quote ratios rather than times.
+Numbers are medians of several turns in which the variants alternate, so that a slow moment of the machine hits all of
+them. Quote ratios rather than times.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +49,15 @@ from nanoqwen.weights import config_of, export, load_model
 from train import LanguageModeling, train_step
 
 TURNS = 7
-IDS = 2048  # of the tokenizer that conversations are cut with; the model may have more, as padded vocabularies do
-SFT_STEPS, SFT_TURNS = 10, 3  # optimizer steps of a turn, the first of which does not count; processes of each side
-NEW = 16  # tokens that are decoded in a turn: other ones each, as routers choose by token
-NEAR, FAR = 64, 512  # cached tokens between which the time of one more should not grow
+BENCH_VOCAB = 2048  # of the tokenizer for conversations; the model's may be larger, as padded vocabularies are
+SFT_STEPS, SFT_TURNS = 10, 3  # optimizer steps of a process, the first of which is not timed; processes of each side
+TRAIN_TOKENS = 2048  # of a training step, at least one row
+NEW_TOKENS = 16  # decoded in a turn; distinct ones, since routers choose by token
+SHORT_CONTEXT, LONG_CONTEXT = 64, 512  # cached tokens; the time of one more should not depend on them
 
 
 def medians(actions: dict[str, Callable[[], None]], device: torch.device, turns: int = TURNS) -> dict[str, float]:
-    """Median seconds of each action, taken in turn, after one turn that does not count."""
+    """Median seconds of each action; the actions alternate, and the first turn is a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(turns + 1):
         for name, action in actions.items():
@@ -67,29 +67,32 @@ def medians(actions: dict[str, Callable[[], None]], device: torch.device, turns:
                 torch.accelerator.synchronize()
             if turn:
                 times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def decoding(model: GPT, batch: int, cached: int, dtype: torch.dtype) -> Callable[[], None]:
-    """NEW tokens behind `cached` ones."""
-    device = model.get_input_embeddings().weight.device
-    ids = torch.randint(model.cfg.vocab_size, (batch, cached), device=device)
-    cache = KVCache(model.cfg, batch, dtype, length=cached + NEW)
+def random_ids(model: GPT, rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(model.cfg.vocab_size, (rows, tokens), device=model.get_input_embeddings().weight.device)
+
+
+def decode(model: GPT, rows: int, cached: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Decode NEW_TOKENS with `cached` tokens in the cache."""
+    ids = random_ids(model, rows, cached)
+    cache = KVCache(model.cfg, rows, dtype, length=cached + NEW_TOKENS)
 
     @torch.no_grad()
     def run() -> None:
         if not cache.lengths[0]:
             model(ids, cache=cache)
-        for new in ids[:, :NEW].split(1, dim=1):
-            model(new, cache=cache)
+        for column in ids[:, :NEW_TOKENS].split(1, dim=1):
+            model(column, cache=cache)
         cache.crop(cached)
 
     return run
 
 
-def reading(model: GPT, tokens: int) -> Callable[[], None]:
-    """One forward over a whole row: a prefill, and what each token would cost without a cache."""
-    ids = torch.randint(model.cfg.vocab_size, (1, tokens), device=model.get_input_embeddings().weight.device)
+def prefill(model: GPT, tokens: int) -> Callable[[], None]:
+    """One forward over a row: also what each new token would cost without a cache."""
+    ids = random_ids(model, 1, tokens)
 
     @torch.no_grad()
     def run() -> None:
@@ -98,13 +101,16 @@ def reading(model: GPT, tokens: int) -> Callable[[], None]:
     return run
 
 
-def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """One optimizer step of the real loop."""
+def train_rows(seq_len: int) -> int:
+    return max(1, TRAIN_TOKENS // seq_len)
+
+
+def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """One optimizer step, by the train_step of train.py."""
     model = build_model(cfg.model, cfg.routing).to(device).train()
     objective = LanguageModeling(model, penalty_weights(cfg.routing))
-    rows = max(1, 2048 // cfg.train.seq_len)
     optimizers = Optimizers(parameter_groups(model, cfg.train), cfg.train, model.routing)
-    ids = torch.randint(cfg.model.vocab_size, (rows, cfg.train.seq_len + 1), device=device)
+    ids = random_ids(model, train_rows(cfg.train.seq_len), cfg.train.seq_len + 1)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     scaler, alone = torch.amp.GradScaler(device.type, enabled=False), World(0, 0, 1, device)
     micros = [Batch(ids[:, :-1], ids[:, 1:], None)]
@@ -115,14 +121,53 @@ def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callable[
     return run
 
 
-# --- fine-tuning, beside its peer -------------------------------------------------------------------------------------
+def speed(argv: list[str]) -> None:
+    """Rates of one shape, and ratios that tell whether the cache works."""
+    cfg = load_config(argv, "train", usage=usage_of(""))
+    check(cfg)
+    device = pick_device(cfg.run.device)
+    dtype, reason = pick_dtype(cfg.run.dtype, device)
+    torch.manual_seed(cfg.run.seed)
+    model = GPT(cfg.model).to(device, dtype).eval()
+    length = min(LONG_CONTEXT, cfg.model.context - NEW_TOKENS)
+    actions = {
+        "decode, short": decode(model, 1, SHORT_CONTEXT, dtype),
+        "decode, long": decode(model, 1, length, dtype),
+        "decode, long, batch 8": decode(model, 8, length, dtype),
+        "prefill": prefill(model, length),
+        "train": train(cfg, device, dtype),
+    }
+    seconds = medians(actions, device)
+    train_rate = train_rows(cfg.train.seq_len) * cfg.train.seq_len / seconds["train"]
+    result = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "prefill_tokens_per_s": length / seconds["prefill"],
+        "decode_tokens_per_s": NEW_TOKENS / seconds["decode, long"],
+        "decode_tokens_per_s_batch_8": 8 * NEW_TOKENS / seconds["decode, long, batch 8"],
+        "decode_far_over_near": seconds["decode, long"] / seconds["decode, short"],
+        "recompute_over_decode": NEW_TOKENS * seconds["prefill"] / seconds["decode, long"],
+        "train_tokens_per_s": train_rate,
+        "train_gflop_per_s": train_rate * flops_per_token(cfg.model, cfg.train.seq_len) / 1e9,
+    }
+    print(f"{device}, {str(dtype).removeprefix('torch.')} ({reason}); {length} cached tokens, medians of {TURNS} turns")
+    for name, value in result.items():
+        print(f"  {name:28} {value:14,.2f}")
+    print(json.dumps(result))
+
+
+# --- fine-tuning, beside transformers and peft ------------------------------------------------------------------------
+
+
+def sft_batches(cfg: Config, tokenizer: Tokenizer) -> ChatBatches:
+    loop = cfg.finetune
+    return ChatBatches(prepare_chat(cfg.chat, tokenizer, loop.seq_len).train, loop.seq_len, loop.rows, cfg.run.seed)
 
 
 def sft_ours(cfg: Config, folder: Path) -> tuple[Callable[[int], None], ChatBatches]:
-    """An optimizer step of the real loop, on packed rows."""
+    """Optimizer steps by train.py's train_step, on packed rows."""
     loop, device = cfg.finetune, pick_device(cfg.run.device)
     model, tokenizer = load_model(folder, dtype=torch.float32)
-    batches = ChatBatches(prepare_chat(cfg.chat, tokenizer, loop.seq_len).train, loop.seq_len, loop.rows, cfg.run.seed)
+    batches = sft_batches(cfg, tokenizer)
     apply_lora(model, cfg.lora)
     objective, alone = LanguageModeling(model.to(device).train(), {}), World(0, 0, 1, device)
     optimizers = Optimizers(parameter_groups(model, loop), loop)
@@ -136,13 +181,13 @@ def sft_ours(cfg: Config, folder: Path) -> tuple[Callable[[int], None], ChatBatc
 
 
 def sft_peer(cfg: Config, folder: Path) -> tuple[Callable[[int], None], ChatBatches]:
-    """The same conversations in the same steps through transformers, padded to the longest as its collators do."""
+    """The same conversations in the same steps through transformers, padded to the longest like by its collators."""
     import peft
     from transformers import AutoModelForCausalLM
 
     loop, device = cfg.finetune, pick_device(cfg.run.device)
     _, tokenizer = load_model(folder)
-    batches = ChatBatches(prepare_chat(cfg.chat, tokenizer, loop.seq_len).train, loop.seq_len, loop.rows, cfg.run.seed)
+    batches = sft_batches(cfg, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
     if cfg.lora.rank:
         lora = peft.LoraConfig(r=cfg.lora.rank, lora_alpha=cfg.lora.alpha, target_modules=list(cfg.lora.targets))
@@ -175,12 +220,13 @@ def padded(rows: list[Example], device: torch.device) -> dict[str, torch.Tensor]
 SIDES = {"ours": sft_ours, "peer": sft_peer}
 
 
-def sft_side(name: str, folder: Path, argv: list[str]) -> None:
-    """One side, in a process of its own, because its peak of memory is read at the end."""
-    cfg = load_config(argv, "finetune")
+def sft_side(argv: list[str]) -> None:
+    """One side in a process of its own, because peak memory is a number of the process. argv: SIDE FOLDER [OPTIONS]"""
+    side, folder, *options = argv
+    cfg = load_config(options, "finetune")
     torch.manual_seed(cfg.run.seed)
     device = pick_device(cfg.run.device)
-    step, batches = SIDES[name](cfg, folder)
+    step, batches = SIDES[side](cfg, Path(folder))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step(0)
     started, trained = time.perf_counter(), 0
@@ -196,206 +242,138 @@ def sft_side(name: str, folder: Path, argv: list[str]) -> None:
     print(json.dumps({"tokens_per_s": trained / seconds, "peak_mb": peak / 1024, "grown_mb": (peak - before) / 1024}))
 
 
+def run_side(side: str, folder: Path, argv: list[str]) -> dict[str, float]:
+    command = [sys.executable, __file__, "sft-side", side, str(folder), *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{side}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def sft(argv: list[str]) -> None:
-    """Trained tokens per second of each side, in turn, each in fresh processes."""
-    sides = ["ours", "peer"] if "--peer" in argv else ["ours"]
-    argv = [word for word in argv if word != "--peer"]
-    cfg = load_config(
-        argv, "finetune", usage="python bench.py sft [--peer] [FILE.yaml] [--preset NAME] [--key=value ...]"
-    )
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    """Trained tokens per second of each side; the sides alternate, each turn in a fresh process."""
+    options, argv = split_argv(argv, {"--peer": {"action": "store_true"}})
+    cfg = load_config(argv, "finetune", usage=usage_of("sft [--peer]"))
+    turns: dict[str, list[dict[str, float]]] = {side: [] for side in (["ours", "peer"] if options.peer else ["ours"])}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(cfg.finetune.base_ckpt or Path(scratch) / "base")
-        if cfg.finetune.base_ckpt is None:  # random weights train as fast
+        if cfg.finetune.base_ckpt is None:  # random weights train at the same speed
             torch.manual_seed(cfg.run.seed)
-            export(GPT(cfg.model), prepare(cfg.data, min(cfg.model.vocab_size, IDS)).tokenizer, folder)
+            export(GPT(cfg.model), prepare(cfg.data, min(cfg.model.vocab_size, BENCH_VOCAB)).tokenizer, folder)
         for _ in range(SFT_TURNS):
-            for side in sides:
-                command = [sys.executable, __file__, "sft-side", side, str(folder), *argv]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"{side}: {done.stderr.strip().splitlines()[-1]}")
-                found[side].append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {
-        side: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} for side, turns in found.items()
+            for side, results in turns.items():
+                results.append(run_side(side, folder, argv))
+    middle = {
+        side: {key: statistics.median(turn[key] for turn in results) for key in results[0]}
+        for side, results in turns.items()
     }
-    for side, figures in medians.items():
-        print(f"{side}: {figures['tokens_per_s']:,.0f} trained tokens/s, peak {figures['peak_mb']:,.0f} MB "
-              f"({figures['grown_mb']:,.0f} MB in training)")  # fmt: skip
-    if "peer" in medians:
-        print(f"ours / peer: {medians['ours']['tokens_per_s'] / medians['peer']['tokens_per_s']:.2f} x tokens/s, "
-              f"{medians['ours']['peak_mb'] / medians['peer']['peak_mb']:.2f} x peak")  # fmt: skip
-    print(json.dumps(medians))
+    for side, result in middle.items():
+        print(f"{side}: {result['tokens_per_s']:,.0f} trained tokens/s, peak {result['peak_mb']:,.0f} MB "
+              f"({result['grown_mb']:,.0f} MB in training)")  # fmt: skip
+    if options.peer:
+        speed_ratio, peak_ratio = (middle["ours"][key] / middle["peer"][key] for key in ("tokens_per_s", "peak_mb"))
+        print(f"ours / peer: {speed_ratio:.2f} x tokens/s, {peak_ratio:.2f} x peak")
+    print(json.dumps(middle))
 
 
-# --- routed layers, beside dense ones ---------------------------------------------------------------------------------
+# --- routed models, beside dense --------------------------------------------------------------------------------------
+
+COLUMNS = ("train_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_tokens_per_s_batch_8")
 
 
-@dataclass
-class Variant:
-    """One way to route, and what it needs to be measured."""
-
-    routing: RoutingConfig
-    length: int
-
-    @property
-    def name(self) -> str:
-        share = "" if self.routing.kind == "dense" else f" {self.routing.share:g}"
-        return f"{self.routing.kind}{share}"
-
-
-def listed(text: str) -> list[str]:
+def comma_list(text: str) -> list[str]:
     return text.split(",")
 
 
-def routing_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(options of this benchmark, the others, which are those of config.yaml)"""
-    parser = argparse.ArgumentParser(prog="python bench.py routing", add_help=False, allow_abbrev=False)
-    parser.add_argument("--quality", action="store_true")
-    parser.add_argument("--kinds", type=listed, default=["mod", "dtf", "tdtf"])
-    parser.add_argument("--capacities", type=listed, default=None)
-    parser.add_argument("--lengths", type=listed, default=["1024", "4096"])
-    parser.add_argument("--turns", type=int, default=TURNS)
-    parser.add_argument("--seeds", type=listed, default=["1337", "1", "2"])
-    return parser.parse_known_args(argv)
+def routing_name(routing: RoutingConfig) -> str:
+    return "dense" if routing.kind == "dense" else f"{routing.kind} {routing.share:g}"
 
 
-def variants(cfg: Config, options: argparse.Namespace, length: int) -> list[Variant]:
-    shares = [float(share) for share in options.capacities or ["0.125", "0.25", "0.5", "0.75"]]
-    ways = [replace(cfg.routing, kind="dense")]
-    ways += [replace(cfg.routing, kind=kind, capacity=share) for kind in options.kinds for share in shares]
-    return [Variant(way, length) for way in ways]
-
-
-def routing_speed(argv: list[str]) -> None:
-    """Rates of each variant in one run, medians of turns in which all variants alternate."""
-    options, rest = routing_options(argv)
-    usage = "python bench.py routing [--kinds mod,dtf,tdtf] [--capacities 0.125,0.5] [--lengths 1024,4096] [--turns N]"
-    cfg = load_config(rest, "train", usage=f"{usage} [FILE.yaml] [--preset NAME] [--key=value ...]")
+def routing(argv: list[str]) -> None:
+    """Rates of dense and routed models; all variants of a row length alternate."""
+    options, rest = split_argv(
+        argv,
+        {
+            "--kinds": {"type": comma_list, "default": ["mod", "dtf", "tdtf"]},
+            "--capacities": {"type": comma_list, "default": ["0.125", "0.25", "0.5", "0.75"]},
+            "--lengths": {"type": comma_list, "default": ["1024", "4096"]},
+            "--turns": {"type": int, "default": TURNS},
+        },
+    )
+    usage = "routing [--kinds mod,dtf,tdtf] [--capacities 0.125,0.5] [--lengths 1024,4096] [--turns N]"
+    cfg = load_config(rest, "train", usage=usage_of(usage))
     check(cfg)
     device = pick_device(cfg.run.device)
     dtype, reason = pick_dtype(cfg.run.dtype, device)
-    print(
-        f"{device}, {str(dtype).removeprefix('torch.')} ({reason}); medians of {options.turns} turns; x: beside dense"
-    )
-    results = [row for text in options.lengths for row in at_length(cfg, options, int(text), device, dtype)]
-    columns = ("train_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_tokens_per_s_batch_8")
+    dtype_name = str(dtype).removeprefix("torch.")
+    print(f"{device}, {dtype_name} ({reason}); medians of {options.turns} turns; x: ratio to dense")
+    variants = [replace(cfg.routing, kind="dense")]
+    variants += [
+        replace(cfg.routing, kind=kind, capacity=float(capacity))
+        for kind in options.kinds
+        for capacity in options.capacities
+    ]
+    rows = []
+    for length in map(int, options.lengths):
+        rows += routing_rows(cfg, variants, length, options.turns, device, dtype)
     print("| tokens | model | train tokens/s | prefill tokens/s | decode tokens/s | at batch 8 | KV MB | used | "
           "MFLOP/token |")  # fmt: skip
     print("| --- " * 9 + "|")
-    plain = {row["length"]: row for row in results if row["name"] == "dense"}
-    for row in results:
-        rates = [f"{row[key]:,.0f} ({row[key] / plain[row['length']][key]:.2f} x)" for key in columns]
-        rates += [f"{row['kv_bytes'] / 1e6:.2f}", f"{100 * row['used']:.1f} %", f"{row['flops_per_token'] / 1e6:.1f}"]
-        print(f"| {row['length']:,} | {row['name']} | " + " | ".join(rates) + " |")
-    print(json.dumps(results))
+    dense = {row["length"]: row for row in rows if row["name"] == "dense"}
+    for row in rows:
+        cells = [f"{row[key]:,.0f} ({row[key] / dense[row['length']][key]:.2f} x)" for key in COLUMNS]
+        cells += [f"{row['kv_bytes'] / 1e6:.2f}", f"{100 * row['used']:.1f} %", f"{row['flops_per_token'] / 1e6:.1f}"]
+        print(f"| {row['length']:,} | {row['name']} | " + " | ".join(cells) + " |")
+    print(json.dumps(rows))
 
 
-def at_length(
-    cfg: Config, options: argparse.Namespace, length: int, device: torch.device, dtype: torch.dtype
+def routing_rows(
+    cfg: Config, variants: list[RoutingConfig], length: int, turns: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """The figures of all variants at rows of `length` tokens."""
-    shape = replace(cfg.model, max_position_embeddings=max(cfg.model.max_position_embeddings, length + NEW))
+    """One row of the table per variant, at rows of `length` tokens."""
+    shape = replace(cfg.model, max_position_embeddings=max(cfg.model.max_position_embeddings, length + NEW_TOKENS))
     loop = replace(cfg.train, seq_len=length, batch_tokens=length, micro_batch="auto")
-    ways, actions, models = variants(cfg, options, length), {}, {}
-    for way in ways:
+    actions, models = {}, {}
+    for variant in variants:
+        name = routing_name(variant)
         torch.manual_seed(cfg.run.seed)
-        model = models[way.name] = build_model(shape, way.routing).to(device, dtype).eval()
+        model = models[name] = build_model(shape, variant).to(device, dtype).eval()
         model.routers.float()
         calibrate_on_noise(model, length)
-        own = replace(cfg, model=shape, train=loop, routing=way.routing)
-        actions[way.name, "train"] = training(own, device, dtype)
-        actions[way.name, "read"] = reading(model, length)
-        actions[way.name, "one"] = decoding(model, 1, length, dtype)
-        actions[way.name, "eight"] = decoding(model, 8, length, dtype)
-    seconds = medians(actions, device, options.turns)
-    rows = max(1, 2048 // length) * length
-    found = []
-    for way in ways:
-        nbytes, used = cache_of(models[way.name], length, dtype)
-        found.append({
-            "length": length, "name": way.name, "kv_bytes": nbytes, "used": used,
-            "train_tokens_per_s": rows / seconds[way.name, "train"],
-            "prefill_tokens_per_s": length / seconds[way.name, "read"],
-            "decode_tokens_per_s": NEW / seconds[way.name, "one"],
-            "decode_tokens_per_s_batch_8": 8 * NEW / seconds[way.name, "eight"],
-            "flops_per_token": routed_flops(shape, way.routing, length),
+        actions[name, "train"] = train(replace(cfg, model=shape, train=loop, routing=variant), device, dtype)
+        actions[name, "prefill"] = prefill(model, length)
+        actions[name, "decode"] = decode(model, 1, length, dtype)
+        actions[name, "decode, batch 8"] = decode(model, 8, length, dtype)
+    seconds = medians(actions, device, turns)
+    rows = []
+    for variant in variants:
+        name = routing_name(variant)
+        kv_bytes, used = cache_usage(models[name], length, dtype)
+        rows.append({
+            "length": length, "name": name, "kv_bytes": kv_bytes, "used": used,
+            "train_tokens_per_s": train_rows(length) * length / seconds[name, "train"],
+            "prefill_tokens_per_s": length / seconds[name, "prefill"],
+            "decode_tokens_per_s": NEW_TOKENS / seconds[name, "decode"],
+            "decode_tokens_per_s_batch_8": 8 * NEW_TOKENS / seconds[name, "decode, batch 8"],
+            "flops_per_token": routed_flops(shape, variant, length),
         })  # fmt: skip
-    return found
+    return rows
 
 
 @torch.no_grad()
 def calibrate_on_noise(model: GPT, length: int) -> None:
-    """Random weights on random tokens, so that a causal router computes its capacity's share of them."""
-    ids = torch.randint(model.cfg.vocab_size, (1, length), device=model.get_input_embeddings().weight.device)
+    """Set causal thresholds on random tokens, so that random weights compute as many tokens as the capacity says."""
     with routed_by(model, "calibrate"):
-        model(ids, length=length + NEW)
+        model(random_ids(model, 1, length), length=length + NEW_TOKENS)
 
 
 @torch.no_grad()
-def cache_of(model: GPT, length: int, dtype: torch.dtype) -> tuple[int, float]:
-    """(bytes of the cache of one row, share of the tokens that routed layers computed)"""
+def cache_usage(model: GPT, length: int, dtype: torch.dtype) -> tuple[int, float]:
+    """(bytes of the cache of one row, fraction of the tokens that routed layers compute)"""
     cache = KVCache(model.cfg, 1, dtype, length=length)
-    ids = torch.randint(model.cfg.vocab_size, (1, length), device=model.get_input_embeddings().weight.device)
-    stats = model(ids, cache=cache).stats
-    shares = [float(value) for name, value in stats.items() if name.endswith("selected_fraction")]
-    return cache.nbytes, statistics.mean(shares or [1.0])
-
-
-def routing_quality(argv: list[str]) -> None:
-    """Runs of train.py, each in a process and folder of its own, with as many steps and with as many FLOPs as dense."""
-    options, rest = routing_options(argv)
-    usage = "python bench.py routing --quality [--kinds mod,dtf,tdtf] [--capacities 0.5] [--seeds 1337,1,2]"
-    cfg = load_config(rest, "train", usage=f"{usage} [FILE.yaml] [--preset NAME] [--key=value ...]")
-    whole = routed_flops(cfg.model, None, cfg.train.seq_len)
-    runs = [("dense", "", "steps", cfg.train.steps)]
-    for kind in options.kinds:
-        for share in options.capacities or ["0.5"]:
-            routing = replace(cfg.routing, kind=kind, capacity=float(share))
-            equal = round(cfg.train.steps * whole / routed_flops(cfg.model, routing, cfg.train.seq_len))
-            runs += [(kind, share, "steps", cfg.train.steps), (kind, share, "FLOPs", max(1, equal))]
-    print("| model | equal | steps | val/loss, causal | val/loss, top-k | tokens used | causal BCE / baseline |")
-    print("| --- " * 7 + "|", flush=True)
-    for kind, share, equal, steps in runs:
-        ends = [one_run(rest, kind, share, steps, seed) for seed in options.seeds]
-        losses = [spread([end.get(key, end["val/loss"]) for end in ends]) for key in ("val/loss", "val/loss_topk")]
-        told = "-"
-        if kind != "dense":
-            bce = [end["val/router/mean/causal_bce"] / end["val/router/mean/causal_bce_baseline"] for end in ends]
-            told = spread(bce)
-        used = 100 * statistics.mean(end.get("val/used", 1.0) for end in ends)
-        print(f"| {kind} {share} | {equal} | {steps} | {losses[0]} | {losses[1]} | {used:.1f} % | {told} |", flush=True)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{statistics.mean(values):.4f} +- {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
-
-
-def without(argv: list[str], options: tuple[str, ...]) -> list[str]:
-    """An argument list without these options and their values."""
-    kept, words = [], list(argv)
-    while words:
-        word = words.pop(0)
-        if word.partition("=")[0] not in options:
-            kept.append(word)
-        elif "=" not in word and words:
-            words.pop(0)
-    return kept
-
-
-def one_run(argv: list[str], kind: str, share: str, steps: int, seed: str) -> dict[str, float]:
-    """The last evaluation of a run."""
-    with tempfile.TemporaryDirectory() as scratch:
-        own = [f"--run.dir={scratch}/run", f"--run.seed={seed}", f"--train.steps={steps}", f"--routing.kind={kind}"]
-        own += [f"--routing.capacity={share}"] if share else []
-        kept = without(argv, ("--train.steps", "--steps", "--run.seed", "--seed"))
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *kept, *own, f"--run.save_every={steps}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{kind} {share}: {done.stderr.strip().splitlines()[-1]}")
-        rows = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
-        return [row for row in rows if "val/loss" in row][-1]
+    stats = model(random_ids(model, 1, length), cache=cache).stats
+    fractions = [float(value) for name, value in stats.items() if name.endswith("selected_fraction")]
+    return cache.nbytes, statistics.mean(fractions or [1.0])
 
 
 # --- tokenising, beside tiktoken --------------------------------------------------------------------------------------
@@ -447,17 +425,17 @@ def prepare_speed(argv: list[str]) -> None:
         print(f"{name:<22} {value:14,.2f}")
 
 
-# --- memory, without using any ----------------------------------------------------------------------------------------
+# --- memory, without allocating any -----------------------------------------------------------------------------------
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def size_of(text: str) -> float:
     """Bytes in `24GB` or `24 GiB`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]i?B)", text)
-    if found is None or found[2] not in UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]i?B)", text)
+    if match is None or match[2] not in UNITS:
         raise ConfigError(f"--fit: expected a size such as 24GB or 16GiB, got {text!r}")
-    return float(found[1]) * UNITS[found[2]]
+    return float(match[1]) * UNITS[match[2]]
 
 
 def readable(count: float) -> str:
@@ -468,61 +446,65 @@ def readable(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def planned_device(cfg: Config, on: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where the run is planned, and in which dtype; `on`: a device type, which this machine need not have"""
+    here = pick_device(cfg.run.device)
+    if on in (None, here.type):
+        return here, pick_dtype(cfg.run.dtype, here)[0]
+    usual = torch.bfloat16 if on == "cuda" else torch.float32  # an absent device cannot be asked what it supports
+    return torch.device(on), usual if cfg.run.dtype == "auto" else getattr(torch, cfg.run.dtype)
+
+
 def memory_case(argv: list[str]) -> Case:
-    """The run that is meant; on a device type other than this machine's, if that is asked for."""
+    """The run that is planned by these options."""
     section = "finetune" if argv[:1] == ["finetune"] else "train"
-    parser = argparse.ArgumentParser(prog="python bench.py memory", add_help=False, allow_abbrev=False)
-    parser.add_argument("--fit", type=str)
-    parser.add_argument("--on", choices=("cpu", "cuda", "mps"))
-    parser.add_argument("--ranks", type=int, default=1)
-    options, rest = parser.parse_known_args(argv[1:] if section == "finetune" else argv)
-    usage = "python bench.py memory [finetune] [--fit 24GB] [--on cpu|cuda|mps] [--ranks N]"
-    cfg = load_config(rest, section, usage=f"{usage} [FILE.yaml] [--preset NAME] [--key=value ...]")
+    options, rest = split_argv(
+        argv[1:] if section == "finetune" else argv,
+        {"--fit": {}, "--on": {"choices": ("cpu", "cuda", "mps")}, "--ranks": {"type": int, "default": 1}},
+    )
+    usage = usage_of("memory [finetune] [--fit 24GB] [--on cpu|cuda|mps] [--ranks N]")
+    cfg = load_config(rest, section, usage=usage)
     if options.ranks < 1:
         raise ConfigError(f"--ranks: expected 1 or more, got {options.ranks}")
     if section == "finetune" and cfg.finetune.base_ckpt is not None:
         cfg = replace(cfg, model=config_of(cfg.finetune.base_ckpt))
     if section == "finetune" and cfg.finetune.objective == "contrast":
-        raise ConfigError("finetune.objective: expected sft, contrast is not planned here: a run says what it needs")
-    # All that a run would be refused for, but a dtype that another device than this one may have.
-    check(replace(cfg, run=replace(cfg.run, dtype="auto")), options.ranks, getattr(cfg, section))
-    check_context(getattr(cfg, section), cfg.model)
-    here = pick_device(cfg.run.device)
-    if options.on in (None, here.type):
-        device, dtype = here, pick_dtype(cfg.run.dtype, here)[0]
-    else:  # what is not here cannot be asked what it is fast in
-        device = torch.device(options.on)
-        usual = torch.bfloat16 if options.on == "cuda" else torch.float32
-        dtype = usual if cfg.run.dtype == "auto" else getattr(torch, cfg.run.dtype)
-    if options.fit is None and device.type != here.type:
+        raise ConfigError("finetune.objective: expected sft; for contrast the run itself prints its memory estimate")
+    loop = getattr(cfg, section)
+    # The checks of a run, except for its dtype: a device that is not here may have it.
+    check(replace(cfg, run=replace(cfg.run, dtype="auto")), options.ranks, loop)
+    check_context(loop, cfg.model)
+    device, dtype = planned_device(cfg, options.on)
+    if options.fit is None and device.type != pick_device(cfg.run.device).type:
         raise ConfigError(f"--fit: expected the memory of the {device.type} device that is not here, such as 24GB")
     room = free_memory(device) if options.fit is None else size_of(options.fit)
     return Case(cfg, section, World(0, 0, options.ranks, device), dtype, room)
 
 
 def memory(argv: list[str]) -> None:
-    """What a run would need on each device; nothing of it is allocated."""
+    """Print the memory of a run on each device; nothing of it is allocated."""
     case = memory_case(argv)
-    model, rows, loop, parts = case.model, case.rows, case.loop, case.bytes()
-    size, total, context = sum(p.numel() for p in model.parameters()), sum(parts.values()), model.cfg.context
+    model, rows, loop, estimate = case.model, case.rows, case.loop, case.bytes()
+    size, total, context = sum(p.numel() for p in model.parameters()), sum(estimate.values()), model.cfg.context
     cached = cache_bytes(model, context, case.dtype)
-    shared = f", {case.cfg.run.parallel} on {case.world.size} devices" if case.world.size > 1 else ""
+    parallel = f", {case.cfg.run.parallel} on {case.world.size} devices" if case.world.size > 1 else ""
     print(f"{case.section}: {size / 1e6:.1f} M parameters, {str(case.dtype).removeprefix('torch.')}, {loop.optimizer}, "
-          f"{rows} x {loop.seq_len} tokens in a forward, {case.world.device.type}{shared}")  # fmt: skip
-    for name, count in ((name, count) for name, count in parts.items() if count):
-        print(f"  {name:12} {readable(count):>10}")
-    print(f"  {'in all':12} {readable(total):>10}, which {'fits' if case.fits else 'does not fit'} into "
+          f"{rows} x {loop.seq_len} tokens in a forward, {case.world.device.type}{parallel}")  # fmt: skip
+    for name, count in estimate.items():
+        if count:
+            print(f"  {name:12} {readable(count):>10}")
+    print(f"  {'total':12} {readable(total):>10}, which {'fits' if case.fits else 'does not fit'} into "
           f"{readable(case.room)}, of which {ROOM:.0%} is planned with")  # fmt: skip
-    print(f"generation: weights {readable(size * case.dtype.itemsize)}, cache {readable(cached / context)} a token, "
+    print(f"generation: weights {readable(size * case.dtype.itemsize)}, cache {readable(cached / context)} per token, "
           f"{readable(cached)} for a row of {context:,}")  # fmt: skip
-    found = {"parameters": size, "rows": rows, **parts, "total": total, "fits": case.fits, "cache": cached}
+    result = {"parameters": size, "rows": rows, **estimate, "total": total, "fits": case.fits, "cache": cached}
     if not case.fits:
-        found["until_it_fits"] = advise(case)
-    print(json.dumps(found))
+        result["until_it_fits"] = advise(case)
+    print(json.dumps(result))
 
 
 def advise(case: Case) -> list[str]:
-    """Print what to change, one after the other, until the run fits; returns the options."""
+    """Print what to change, each beside the changes above it, until the run fits; return the options."""
     print("each of these, with those above it:")
     options, changed = [], case
     for option, price, changed in easier(case):
@@ -536,54 +518,30 @@ def advise(case: Case) -> list[str]:
     return []
 
 
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def usage_of(command: str) -> str:
+    return " ".join(f"python bench.py {command} [FILE.yaml] [--preset NAME] [--key=value ...]".split())
+
+
+def split_argv(argv: list[str], options: dict[str, dict[str, Any]]) -> tuple[argparse.Namespace, list[str]]:
+    """(this command's own options, the others, which are those of config.yaml)"""
+    parser = argparse.ArgumentParser(prog="python bench.py", add_help=False, allow_abbrev=False)
+    for name, keywords in options.items():
+        parser.add_argument(name, **keywords)
+    return parser.parse_known_args(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "memory": memory, "prepare": prepare_speed, "routing": routing, "sft": sft, "sft-side": sft_side,
+}  # fmt: skip
+
+
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["memory"]:
-        return memory(argv[1:])
-    if argv[:1] == ["routing"]:
-        return routing_quality(argv[1:]) if "--quality" in argv else routing_speed(argv[1:])
-    if argv[:1] == ["prepare"]:
-        return prepare_speed(argv[1:])
-    if argv[:1] == ["sft"]:
-        return sft(argv[1:])
-    if argv[:1] == ["sft-side"]:
-        return sft_side(argv[1], Path(argv[2]), argv[3:])
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     return speed(argv)
-
-
-def speed(argv: list[str]) -> None:
-    cfg = load_config(argv, "train", usage="python bench.py [FILE.yaml] [--preset NAME] [--key=value ...]")
-    check(cfg)
-    device = pick_device(cfg.run.device)
-    dtype, reason = pick_dtype(cfg.run.dtype, device)
-    torch.manual_seed(cfg.run.seed)
-    model = GPT(cfg.model).to(device, dtype).eval()
-    far = min(FAR, cfg.model.context - NEW)
-    step_tokens = max(1, 2048 // cfg.train.seq_len) * cfg.train.seq_len
-    seconds = medians(
-        {
-            "near": decoding(model, 1, NEAR, dtype),
-            "far": decoding(model, 1, far, dtype),
-            "far8": decoding(model, 8, far, dtype),
-            "read": reading(model, far),
-            "train": training(cfg, device, dtype),
-        },
-        device,
-    )
-    rate = step_tokens / seconds["train"]
-    result = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "prefill_tokens_per_s": far / seconds["read"],
-        "decode_tokens_per_s": NEW / seconds["far"],
-        "decode_tokens_per_s_batch_8": 8 * NEW / seconds["far8"],
-        "decode_far_over_near": seconds["far"] / seconds["near"],
-        "recompute_over_decode": NEW * seconds["read"] / seconds["far"],
-        "train_tokens_per_s": rate,
-        "train_gflop_per_s": rate * flops_per_token(cfg.model, cfg.train.seq_len) / 1e9,
-    }
-    print(f"{device}, {str(dtype).removeprefix('torch.')} ({reason}); {far} cached tokens, medians of {TURNS} turns")
-    for name, value in result.items():
-        print(f"  {name:28} {value:14,.2f}")
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

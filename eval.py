@@ -1,17 +1,16 @@
-"""Figures of a finished model, with their uncertainty.
+"""Metrics of a finished model, with their uncertainty.
 
     python eval.py --ckpt runs/base                           loss, perplexity and bits per byte of held-out text
     python eval.py --ckpt FOLDER --data "notes/*.md"          any model, any text
-    python eval.py --ckpt runs/base --tasks mine --include_path tasks     tasks of lm-eval: see harness.py
-    python eval.py --suite injection --ckpt runs/contrast     attacks, beside the model that it was made from
-    python eval.py --suite injection --ckpt runs/contrast --data rows.jsonl --output figures.json
+    python eval.py --ckpt runs/base --tasks mine --include_path tasks     tasks of lm-eval: see nanoqwen/harness.py
+    python eval.py --suite injection --ckpt runs/contrast     success of attacks, beside the model's base
+    python eval.py --suite injection --ckpt runs/contrast --data rows.jsonl --output scores.json
 
-The table goes to stdout; all figures, and of an attack every answer, go to a JSON file.
+A table goes to stdout; all metrics, and each answer to an attack, go to a JSON file.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,58 +42,58 @@ from nanoqwen.evaluate import (
     run_of,
     section,
 )
-from nanoqwen.files import write_atomic
+from nanoqwen.files import read_json, write_atomic
 from nanoqwen.harness import ask_tasks, record_of
 from nanoqwen.injection.suite import injection_suite
 from nanoqwen.injection.triplets import prepare_triplets, row_width, triplet_windows
 
-WIDTH = 1024  # tokens in a row of held-out text for a model that does not say, if its context holds them
-ALL = 1 << 40  # rows, or triplets: more than there are
+DEFAULT_SEQ_LEN = 1024  # tokens of a row for a model without a recorded run, if its context is as long
+NO_LIMIT = 1 << 40  # rows: more than there are
 
 # --- held-out text ----------------------------------------------------------------------------------------------------
 
 
 class Text(NamedTuple):
-    """What is predicted."""
+    """The rows whose tokens are predicted."""
 
     windows: list[Batch]
-    what: str
+    source: str
     seq_len: int
 
 
-def text_of(cfg: Config, of: Finished) -> Text:
-    """The text that is named; else what the run that wrote the model was validated on; else that of `data`."""
-    run = recorded(of.folder)
-    tuned = bool(run.get("finetune", {}).get("base_ckpt"))
-    loop = section(run, "finetune", FinetuneConfig) if tuned else section(run, "train", TrainConfig)
-    context, limit = of.model.cfg.context, cfg.eval.limit
-    width = cfg.eval.seq_len or (loop.seq_len if run else min(context, WIDTH))
-    if width > context:
-        raise ConfigError(f"eval.seq_len: expected at most the model's context of {context}, got {width}")
-    most = loop.eval_tokens if limit is None and not cfg.eval.data else (limit or ALL) * width
-    rows = max(1, cfg.eval.batch_tokens // width)
-    if tuned and not cfg.eval.data:
-        return conversations(of, run, replace(loop, seq_len=width, batch_tokens=width * loop.rows), most, rows)
-    data, what = documents(cfg, run, of.folder)
+def text_of(cfg: Config, loaded: Finished) -> Text:
+    """The text of eval.data; else the validation data of the run that wrote the model; else that of `data`."""
+    run = recorded(loaded.folder)
+    finetuned = bool(run.get("finetune", {}).get("base_ckpt"))
+    loop = section(run, "finetune", FinetuneConfig) if finetuned else section(run, "train", TrainConfig)
+    context, limit = loaded.model.cfg.context, cfg.eval.limit
+    seq_len = cfg.eval.seq_len or (loop.seq_len if run else min(context, DEFAULT_SEQ_LEN))
+    if seq_len > context:
+        raise ConfigError(f"eval.seq_len: expected at most the model's context of {context}, got {seq_len}")
+    max_tokens = loop.eval_tokens if limit is None and not cfg.eval.data else (limit or NO_LIMIT) * seq_len
+    rows = max(1, cfg.eval.batch_tokens // seq_len)
+    if finetuned and not cfg.eval.data:
+        loop = replace(loop, seq_len=seq_len, batch_tokens=seq_len * loop.rows)
+        return conversations(loaded, run, loop, max_tokens, rows)
+    data, source = documents(cfg, run, loaded.folder)
     try:
-        prepared = prepare(data, of.model.cfg.vocab_size, tokenizer=of.tokenizer)
-    except DataError as error:  # a mistake bears the name of the key that the person has set
+        prepared = prepare(data, loaded.model.cfg.vocab_size, tokenizer=loaded.tokenizer)
+    except DataError as error:  # name the key that the user has set
         raise DataError(str(error).replace("data.val: ", "eval.data: ", bool(cfg.eval.data))) from None
-    if prepared.train and PretrainBatches(prepared.train, width, 1, 0).fingerprint != trained_on(of.folder):
+    if prepared.train and PretrainBatches(prepared.train, seq_len, 1, 0).fingerprint != trained_on(loaded.folder):
         print("warning    the text of the run has changed since")
-    windows = eval_windows(prepared.val, width, most, rows=rows, isolate_documents=data.isolate_documents)
-    return Text(windows, what, width)
+    windows = eval_windows(prepared.val, seq_len, max_tokens, rows=rows, isolate_documents=data.isolate_documents)
+    return Text(windows, source, seq_len)
 
 
 def documents(cfg: Config, run: dict[str, dict[str, Any]], folder: Path) -> tuple[DataConfig, str]:
-    """(where the text is, as `data.val` or as what is held out of `data.train`; what to call it)"""
-    named = cfg.eval.data
-    if named:
-        expand(named, "eval.data")
-        apart = section(run, "data", DataConfig).isolate_documents if run else cfg.data.isolate_documents
-        # Training text that is streamed is not tokenised here, and none is wanted.
-        data = replace(cfg.data, train=named, val=named, streaming=True, isolate_documents=apart)
-        return data, ", ".join(named)
+    """(configuration whose validation split is the text, description of the text)"""
+    paths = cfg.eval.data
+    if paths:
+        expand(paths, "eval.data")
+        isolate = section(run, "data", DataConfig).isolate_documents if run else cfg.data.isolate_documents
+        # `streaming`, so that no training text is tokenised.
+        return replace(cfg.data, train=paths, val=paths, streaming=True, isolate_documents=isolate), ", ".join(paths)
     if run:
         data = replace(section(run, "data", DataConfig), cache_dir=cfg.data.cache_dir)
         return data, f"validation text of {run_of(folder) or folder}"
@@ -102,60 +101,57 @@ def documents(cfg: Config, run: dict[str, dict[str, Any]], folder: Path) -> tupl
 
 
 def trained_on(folder: Path) -> str | None:
-    """Fingerprint of the training text, as a run recorded it."""
-    return json.loads((folder / "state.json").read_bytes()).get("data")
+    """Fingerprint of the training text of a run."""
+    return read_json(folder / "state.json").get("data")
 
 
-def conversations(of: Finished, run: dict[str, dict[str, Any]], loop: FinetuneConfig, most: int, rows: int) -> Text:
-    """What a fine-tuned model was validated on: answers alone, each after its conversation."""
-    what, width = f"validation data of {run_of(of.folder) or of.folder}", loop.seq_len
+def conversations(
+    loaded: Finished, run: dict[str, dict[str, Any]], loop: FinetuneConfig, max_tokens: int, rows: int
+) -> Text:
+    """The validation data of a fine-tuned model: only answers are predicted, each after its conversation."""
+    source, seq_len = f"validation data of {run_of(loaded.folder) or loaded.folder}", loop.seq_len
     if loop.objective == "sft":
-        chats = prepare_chat(section(run, "chat", ChatConfig), of.tokenizer, width)
-        return Text(chat_windows(chats.val, width, most, rows=rows), what, width)
-    found = prepare_triplets(section(run, "contrast", ContrastConfig), of.tokenizer, width)
-    width = row_width(found.train, width, loop.rows, of.model.cfg.context)
-    return Text(triplet_windows(found.val, width, most, rows=rows), what, width)
+        chats = prepare_chat(section(run, "chat", ChatConfig), loaded.tokenizer, seq_len)
+        return Text(chat_windows(chats.val, seq_len, max_tokens, rows=rows), source, seq_len)
+    triplets = prepare_triplets(section(run, "contrast", ContrastConfig), loaded.tokenizer, seq_len)
+    seq_len = row_width(triplets.train, seq_len, loop.rows, loaded.model.cfg.context)
+    return Text(triplet_windows(triplets.val, seq_len, max_tokens, rows=rows), source, seq_len)
 
 
 def heldout_suite(cfg: Config) -> None:
-    of = open_finished(cfg)
-    output = figures_file(cfg, of.folder, "heldout.json")
-    text = text_of(cfg, of)
-    found = measure_finished(of, text.windows, cfg.eval.calibrate)
-    print(escape_terminal(heldout_table(found, text)))
-    figures = {name: plain(each) for name, each in found.items()}
-    named = {"suite": "heldout", "data": text.what, "seq_len": text.seq_len, "calibrated": cfg.eval.calibrate}
-    named["isolate_documents"] = text.windows[0].documents is not None
-    write_atomic(output, json_text(record_of(cfg, of) | named | figures))
+    loaded = open_finished(cfg)
+    output = figures_file(cfg, loaded.folder, "heldout.json")
+    text = text_of(cfg, loaded)
+    results = measure_finished(loaded, text.windows, cfg.eval.calibrate)
+    print(escape_terminal(heldout_table(results, text)))
+    settings = {"suite": "heldout", "data": text.source, "seq_len": text.seq_len, "calibrated": cfg.eval.calibrate}
+    settings["isolate_documents"] = text.windows[0].documents is not None
+    metrics = {name: measured_json(measured) for name, measured in results.items()}
+    write_atomic(output, json_text(record_of(cfg, loaded) | settings | metrics))
     print(f"wrote {output}")
 
 
-def plain(found: Measured) -> dict[str, Any]:
-    """For JSON."""
-
-    def each(value: Any) -> Any:
-        return {"value": value.value, "standard_error": value.error} if isinstance(value, Estimate) else value
-
-    return {name: each(value) for name, value in found._asdict().items()}
+def measured_json(measured: Measured) -> dict[str, Any]:
+    return {
+        name: {"value": value.value, "standard_error": value.error} if isinstance(value, Estimate) else value
+        for name, value in measured._asdict().items()
+    }
 
 
-def heldout_table(found: dict[str, Measured], text: Text) -> str:
-    """Markdown: each figure with its standard error over rows of text."""
-    first = next(iter(found.values()))
+METRICS = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+
+
+def heldout_table(results: dict[str, Measured], text: Text) -> str:
+    """Markdown: each metric with its standard error over rows of text."""
+    first = next(iter(results.values()))
     size = f"{first.rows:,} rows of {text.seq_len:,} tokens, {first.tokens:,} of them predicted, {first.bytes:,} bytes"
-    lines = [
-        f"text       {text.what}: {size}",
-        "",
-        f"| ± standard error over rows | {' | '.join(found)} |",
-        "| --- |" + " --- |" * len(found),
-        f"| nats per token | {' | '.join(str(each.loss) for each in found.values())} |",
-        f"| perplexity | {' | '.join(str(each.perplexity) for each in found.values())} |",
-        f"| bits per byte | {' | '.join(str(each.bits_per_byte) for each in found.values())} |",
-    ]
+    table = [("± standard error over rows", list(results)), ("---", ["---"] * len(results))]
+    table += [(label, [str(getattr(each, name)) for each in results.values()]) for name, label in METRICS.items()]
     if first.used is not None:
-        shares = " | ".join(f"{100 * each.used:.1f}" for each in found.values())
-        lines.append(f"| tokens that routed layers compute, % | {shares} |")
-    return "\n".join(lines)
+        fractions = [f"{100 * each.used:.1f}" for each in results.values()]
+        table.append(("tokens that routed layers compute, %", fractions))
+    rows = [f"| {' | '.join([label, *cells])} |" for label, cells in table]
+    return "\n".join([f"text       {text.source}: {size}", "", *rows])
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -169,12 +165,12 @@ def main(argv: list[str]) -> None:
     check(cfg)
     if ranks() > 1:
         raise ConfigError(f"eval.py: expected one process, got {ranks()} of torchrun")
-    asked = [SUITES[cfg.eval.suite]] if cfg.eval.suite else []
-    asked += [ask_tasks] if cfg.eval.tasks else []
-    if len(asked) > 1 and cfg.eval.output:
+    evaluations = [SUITES[cfg.eval.suite]] if cfg.eval.suite else []
+    evaluations += [ask_tasks] if cfg.eval.tasks else []
+    if len(evaluations) > 1 and cfg.eval.output:
         raise ConfigError("eval.output: expected one of suite and tasks, got both, each with a file of its own")
-    for ask in asked or [heldout_suite]:
-        ask(cfg)
+    for evaluation in evaluations or [heldout_suite]:
+        evaluation(cfg)
 
 
 if __name__ == "__main__":

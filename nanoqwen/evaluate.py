@@ -23,6 +23,7 @@ from model import GPT, LOGITS_PER_CHUNK
 from nanoqwen.config import Config
 from nanoqwen.distributed import World, pick_device, pick_dtype, total
 from nanoqwen.errors import ConfigError
+from nanoqwen.files import plain_json
 from nanoqwen.routing import RoutingConfig, mean_stats, routed_by
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import CheckpointError, is_adapter, load_model, resolve
@@ -154,19 +155,7 @@ def figures_file(cfg: Config, folder: Path, name: str) -> Path:
 
 
 def json_text(value: Any) -> bytes:
-    """With null for what is not finite, as in metrics.jsonl, and a word for what JSON has no form of."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {str(name): plain(each) for name, each in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [plain(each) for each in part]
-        part = part.item() if getattr(part, "shape", None) == () else part  # a number of numpy or torch
-        if isinstance(part, float):
-            return part if math.isfinite(part) else None
-        return part if part is None or isinstance(part, (bool, int, str)) else str(part)
-
-    return json.dumps(plain(value), indent=1).encode()
+    return json.dumps(plain_json(value), indent=1).encode()
 
 
 class Scored(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -175,3 +176,15 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(2**20):
             sha.update(chunk)
     return sha.hexdigest()
+
+
+def plain_json(value: Any) -> Any:
+    """As JSON has it: null for what is not finite, a number for a tensor of one, text for other kinds of value."""
+    if isinstance(value, dict):
+        return {str(name): plain_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(part) for part in value]
+    value = value.item() if getattr(value, "shape", None) == () else value  # of numpy or torch
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -53,7 +53,7 @@ def in_float32(options: tuple[str, ...]) -> list[str]:
     return [] if any("dtype" in word for word in options) else ["--run.dtype=float32"]
 
 
-def asked(source: Path, corpus: Path, output: Path, *more: str) -> dict[str, Any]:
+def evaluated(source: Path, corpus: Path, output: Path, *more: str) -> dict[str, Any]:
     """What eval.py writes about a source."""
     cache = f"--data.cache_dir={corpus.with_name('cache')}"
     suite.main([f"--ckpt={source}", f"--output={output}", "--run.device=cpu", *in_float32(more), cache, *more])
@@ -64,8 +64,8 @@ def validated(run: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in runs.lines(run / "metrics.jsonl") if "val/loss" in row}
 
 
-def values(found: dict[str, Any], name: str = "loss") -> dict[str, float]:
-    return {key: found[name][key]["value"] for key in ("loss", "perplexity", "bits_per_byte")}
+def values(result: dict[str, Any], name: str = "loss") -> dict[str, float]:
+    return {key: result[name][key]["value"] for key in ("loss", "perplexity", "bits_per_byte")}
 
 
 # --- the figure of the run --------------------------------------------------------------------------------------------
@@ -84,16 +84,16 @@ def test_it_is_what_the_run_said_of_each_of_its_checkpoints(
 ):
     run = trained(corpus, tmp_path / "run", *more) if more else run
     dtype = [word for word in more if "dtype" in word] or in_float32(more)
-    for step, said in validated(run).items():
-        found = asked(runs.at(run, step), corpus, tmp_path / "out.json", *dtype, "--batch_tokens=100")
-        for name, value in values(found).items():
-            assert value == pytest.approx(said[f"val/{name}"], rel=1e-6)
-        assert found["model"] == str(runs.at(run, step))
+    for step, row in validated(run).items():
+        result = evaluated(runs.at(run, step), corpus, tmp_path / "out.json", *dtype, "--batch_tokens=100")
+        for name, value in values(result).items():
+            assert value == pytest.approx(row[f"val/{name}"], rel=1e-6)
+        assert result["model"] == str(runs.at(run, step))
     best = min(validated(run).values(), key=lambda row: row["val/loss"])
     suite.main([f"--ckpt={run}", "--run.device=cpu", f"--data.cache_dir={corpus.with_name('cache')}", *dtype])
-    found = json.loads((run / "heldout.json").read_text())  # beside the run, when nothing else is asked for
-    assert found["loss"]["loss"]["value"] == pytest.approx(best["val/loss"], rel=1e-6)
-    assert found["model"] == str(resolve(run))
+    result = json.loads((run / "heldout.json").read_text())  # beside the run, when nothing else is asked for
+    assert result["loss"]["loss"]["value"] == pytest.approx(best["val/loss"], rel=1e-6)
+    assert result["model"] == str(resolve(run))
 
 
 @pytest.mark.parametrize("kind", ["mod", pytest.param("tdtf", marks=pytest.mark.slow)])
@@ -102,21 +102,21 @@ def test_a_routed_model_is_measured_as_it_is_stored_and_beside_it_looking_ahead(
 ):
     shape = ("--model.num_hidden_layers=4", "--routing.calibrate_tokens=512", "--routing.capacity=0.5")
     run = trained(corpus, tmp_path / "run", f"--routing.kind={kind}", *shape)
-    step, said = max(validated(run).items())
+    step, row = max(validated(run).items())
     digest = runs.at(run, step).joinpath("model.safetensors").read_bytes()
-    found = asked(runs.at(run, step), corpus, tmp_path / "out.json")
-    assert [name for name in found if name.startswith("loss")] == ["loss_causal", "loss_topk"]
-    assert found["loss_causal"]["loss"]["value"] == pytest.approx(said["val/loss_causal"], rel=1e-6)
-    assert found["loss_topk"]["loss"]["value"] == pytest.approx(said["val/loss_topk"], rel=1e-6)
-    assert found["loss_causal"]["used"] == pytest.approx(said["val/used"], rel=1e-6)
+    result = evaluated(runs.at(run, step), corpus, tmp_path / "out.json")
+    assert [name for name in result if name.startswith("loss")] == ["loss_causal", "loss_topk"]
+    assert result["loss_causal"]["loss"]["value"] == pytest.approx(row["val/loss_causal"], rel=1e-6)
+    assert result["loss_topk"]["loss"]["value"] == pytest.approx(row["val/loss_topk"], rel=1e-6)
+    assert result["loss_causal"]["used"] == pytest.approx(row["val/used"], rel=1e-6)
     shown = capsys.readouterr().out
     assert "| ± standard error over rows | loss_causal | loss_topk |" in shown
-    assert f"| tokens that routed layers compute, % | {100 * found['loss_causal']['used']:.1f} |" in shown
+    assert f"| tokens that routed layers compute, % | {100 * result['loss_causal']['used']:.1f} |" in shown
     # Thresholds that do not suit the text stay, unless new ones are asked for; these are not kept.
     other = tmp_path / "other.txt"
     other.write_text("".join(chr(97 + n * n % 26) for n in range(4000)))
-    stored = asked(run, corpus, tmp_path / "out.json", f"--eval.data={other}")
-    again = asked(run, corpus, tmp_path / "out.json", f"--eval.data={other}", "--calibrate")
+    stored = evaluated(run, corpus, tmp_path / "out.json", f"--eval.data={other}")
+    again = evaluated(run, corpus, tmp_path / "out.json", f"--eval.data={other}", "--calibrate")
     assert (stored["calibrated"], again["calibrated"]) == (False, True)
     assert abs(stored["loss_causal"]["used"] - 0.5) > abs(again["loss_causal"]["used"] - 0.5)
     assert again["loss_causal"]["used"] == pytest.approx(0.5, abs=0.06)
@@ -136,13 +136,13 @@ def test_a_fine_tuned_model_is_measured_on_the_answers_that_its_run_was_validate
     listed |= {"--lora.rank": 2, "--sample_tokens": 0, "--chat.val_fraction": 0.3}
     assert finetune.main([f"{key}={value}" for key, value in listed.items()]) == 0
     best = min(validated(tmp_path / "sft").values(), key=lambda row: row["val/loss"])
-    found = asked(tmp_path / "sft", corpus, tmp_path / "out.json")
-    for name, value in values(found).items():
+    result = evaluated(tmp_path / "sft", corpus, tmp_path / "out.json")
+    for name, value in values(result).items():
         assert value == pytest.approx(best[f"val/{name}"], rel=1e-6)
-    assert found["data"] == f"validation data of {tmp_path / 'sft'}"
+    assert result["data"] == f"validation data of {tmp_path / 'sft'}"
     # and on any text, as every other model
     text = next(corpus.glob("*.txt"))
-    assert asked(tmp_path / "sft", corpus, tmp_path / "out.json", f"--eval.data={text}")["data"] == str(text)
+    assert evaluated(tmp_path / "sft", corpus, tmp_path / "out.json", f"--eval.data={text}")["data"] == str(text)
 
 
 @pytest.mark.slow
@@ -161,10 +161,10 @@ def test_a_model_that_withstands_is_measured_on_the_triplets_that_its_run_was_va
         "--sample_tokens": 0,
     }
     assert finetune.main([f"{key}={value}" for key, value in listed.items()]) == 0
-    step, said = max(validated(tmp_path / "run").items())
-    found = asked(runs.at(tmp_path / "run", step), corpus, tmp_path / "out.json")
-    for name, value in values(found).items():
-        assert value == pytest.approx(said[f"val/{name}"], rel=1e-6)
+    step, row = max(validated(tmp_path / "run").items())
+    result = evaluated(runs.at(tmp_path / "run", step), corpus, tmp_path / "out.json")
+    for name, value in values(result).items():
+        assert value == pytest.approx(row[f"val/{name}"], rel=1e-6)
 
 
 def test_text_that_has_changed_since_the_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -172,10 +172,10 @@ def test_text_that_has_changed_since_the_run_is_told(tmp_path: Path, capsys: pyt
     folder.mkdir()
     runs.write_corpus(folder)
     run = trained(folder, tmp_path / "run", "--train.steps=4")
-    asked(run, folder, tmp_path / "out.json")
+    evaluated(run, folder, tmp_path / "out.json")
     assert "warning" not in capsys.readouterr().out
     (folder / "0.txt").write_text("Another text. " * 50)
-    asked(run, folder, tmp_path / "out.json")
+    evaluated(run, folder, tmp_path / "out.json")
     assert "warning    the text of the run has changed since\n" in capsys.readouterr().out
 
 
@@ -185,7 +185,7 @@ def test_text_that_has_changed_since_the_run_is_told(tmp_path: Path, capsys: pyt
 def test_it_is_the_loss_of_transformers_on_the_same_rows(corpus: Path, run: Path, tmp_path: Path):
     import transformers
 
-    found = asked(run, corpus, tmp_path / "out.json")
+    result = evaluated(run, corpus, tmp_path / "out.json")
     cfg = load_config(runs.options(corpus, run), "train")
     prepared = train.prepare(cfg.data, cfg.model.vocab_size, progress=False)
     windows = eval_windows(prepared.val, 32, 1024)
@@ -195,16 +195,18 @@ def test_it_is_the_loss_of_transformers_on_the_same_rows(corpus: Path, run: Path
         with torch.no_grad():
             logits = reference(window.tokens, use_cache=False).logits
         for row, targets in zip(logits, window.targets, strict=True):
-            kept = targets != IGNORE
-            nats.append(functional.cross_entropy(row[kept].double(), targets[kept], reduction="sum").item())
-            counts.append(int(kept.sum()))
-            sizes.append(sum(int(target) < 256 for target in targets[kept]))  # a byte each, but for <|endoftext|>
+            mask = targets != IGNORE
+            nats.append(functional.cross_entropy(row[mask].double(), targets[mask], reduction="sum").item())
+            counts.append(int(mask.sum()))
+            sizes.append(sum(int(target) < 256 for target in targets[mask]))  # a byte each, but for <|endoftext|>
     nats, sizes, counts = map(np.array, (nats, sizes, counts))
     loss, bits = nats.sum() / counts.sum(), nats.sum() / math.log(2) / sizes.sum()
-    assert values(found) == pytest.approx({"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}, rel=1e-6)
-    assert (found["loss"]["tokens"], found["loss"]["bytes"]) == (counts.sum(), sizes.sum())
-    assert found["loss"]["rows"] == len(nats) == 32
-    spread = {name: found["loss"][name]["standard_error"] for name in ("loss", "perplexity", "bits_per_byte")}
+    assert values(result) == pytest.approx(
+        {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}, rel=1e-6
+    )
+    assert (result["loss"]["tokens"], result["loss"]["bytes"]) == (counts.sum(), sizes.sum())
+    assert result["loss"]["rows"] == len(nats) == 32
+    spread = {name: result["loss"][name]["standard_error"] for name in ("loss", "perplexity", "bits_per_byte")}
     off = nats - loss * counts
     error = math.sqrt(len(off) / (len(off) - 1) * (off**2).sum()) / counts.sum()
     assert spread["loss"] == pytest.approx(error, rel=1e-6)
@@ -248,22 +250,22 @@ def test_measuring_by_rows_is_evaluating_as_the_loop_does(kind: str, logits: int
     with torch.no_grad():
         expected = evaluate(model, windows_of(), sizes, ALONE, torch.no_grad())
     monkeypatch.setattr("nanoqwen.evaluate.LOGITS_PER_CHUNK", logits)
-    found = measure(model, windows_of(), sizes, ALONE.device, torch.no_grad())
+    result = measure(model, windows_of(), sizes, ALONE.device, torch.no_grad())
     for name in ("loss", "perplexity", "bits_per_byte"):
-        assert getattr(found, name).value == pytest.approx(expected[name], rel=1e-6)
-    assert found.used == (None if kind == "dense" else pytest.approx(expected["router/mean/selected_fraction"]))
+        assert getattr(result, name).value == pytest.approx(expected[name], rel=1e-6)
+    assert result.used == (None if kind == "dense" else pytest.approx(expected["router/mean/selected_fraction"]))
 
 
 def test_losses_of_tokens_and_whether_they_are_the_likeliest():
     model, (window, _) = tiny.model(), windows_of()
-    found = token_losses(model, window.tokens, window.targets)
+    result = token_losses(model, window.tokens, window.targets)
     with torch.no_grad():
         log_p = model(window.tokens).logits.log_softmax(-1)
-    kept = window.targets != IGNORE
-    expected = -log_p.gather(-1, window.targets.clamp(min=0)[..., None])[..., 0][kept]
-    assert torch.allclose(found.nats, expected, atol=1e-5)
-    assert torch.equal(found.greedy, log_p.argmax(-1)[kept] == window.targets[kept])
-    best = torch.where(kept, log_p.argmax(-1), IGNORE)
+    mask = window.targets != IGNORE
+    expected = -log_p.gather(-1, window.targets.clamp(min=0)[..., None])[..., 0][mask]
+    assert torch.allclose(result.nats, expected, atol=1e-5)
+    assert torch.equal(result.greedy, log_p.argmax(-1)[mask] == window.targets[mask])
+    best = torch.where(mask, log_p.argmax(-1), IGNORE)
     assert token_losses(model, window.tokens, best).greedy.all()
 
 
@@ -288,17 +290,17 @@ def test_any_kind_of_file_gives_the_same_figures(folder: Path, corpus: Path, tmp
     for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet"):
         write_as(tmp_path / name, texts)
         sources.append(str(tmp_path / name))
-    found = [asked(folder, corpus, tmp_path / "out.json", f"--eval.data={source}") for source in sources]
+    results = [evaluated(folder, corpus, tmp_path / "out.json", f"--eval.data={source}") for source in sources]
     sizes = sum(len(text.encode()) for text in texts)
-    for source, each in zip(sources, found, strict=True):
+    for source, each in zip(sources, results, strict=True):
         assert each["data"] == source
-        assert each["loss"] == found[0]["loss"]
+        assert each["loss"] == results[0]["loss"]
         assert each["loss"]["tokens"] == sizes + len(texts) - 1  # and their ends; the first byte follows nothing
         assert each["loss"]["bytes"] == sizes - 1
         assert each["seq_len"] == 64  # the context
-    two = asked(folder, corpus, tmp_path / "out.json", *(f"--eval.data={source}" for source in sources[2:4]))
-    assert two["loss"]["bytes"] > found[0]["loss"]["bytes"]
-    few = asked(folder, corpus, tmp_path / "out.json", f"--eval.data={sources[0]}", "--seq_len=16", "--limit=3")
+    two = evaluated(folder, corpus, tmp_path / "out.json", *(f"--eval.data={source}" for source in sources[2:4]))
+    assert two["loss"]["bytes"] > results[0]["loss"]["bytes"]
+    few = evaluated(folder, corpus, tmp_path / "out.json", f"--eval.data={sources[0]}", "--seq_len=16", "--limit=3")
     assert (few["seq_len"], few["loss"]["rows"], few["loss"]["tokens"]) == (16, 3, 48)
 
 
@@ -306,26 +308,26 @@ def test_a_folder_that_no_run_has_written_is_measured_on_what_is_held_out_of_dat
     folder: Path, corpus: Path, tmp_path: Path
 ):
     more = (f"--data.train={corpus}", "--data.val_fraction=0.2")
-    found = asked(folder, corpus, tmp_path / "out.json", *more, "--seq_len=32", "--limit=32")
+    result = evaluated(folder, corpus, tmp_path / "out.json", *more, "--seq_len=32", "--limit=32")
     cfg = load_config(runs.options(corpus, tmp_path / "run"), "train")
     prepared = train.prepare(cfg.data, cfg.model.vocab_size, progress=False)
     windows = eval_windows(prepared.val, 32, 1024)
     model, _ = load_model(folder)
     expected = evaluate(model, windows, token_bytes(BYTES), ALONE, torch.no_grad())
-    assert values(found) == pytest.approx(expected, rel=1e-6)
-    assert found["data"] == f"held out of {corpus}"
+    assert values(result) == pytest.approx(expected, rel=1e-6)
+    assert result["data"] == f"held out of {corpus}"
 
 
 def test_weights_that_are_stored_in_bf16_are_computed_in_fp32_where_the_run_would(corpus: Path, tmp_path: Path):
     half = tmp_path / "half"
     export(tiny.model(vocab_size=BYTES.n_vocab), BYTES, half, torch.bfloat16)
     text = f"--eval.data={next(corpus.glob('*.txt'))}"
-    found = asked(half, corpus, tmp_path / "out.json", text, "--run.dtype=float32")
+    result = evaluated(half, corpus, tmp_path / "out.json", text, "--run.dtype=float32")
     export(load_model(half, dtype=torch.float32)[0], BYTES, tmp_path / "whole")
-    assert values(found) == values(
-        asked(tmp_path / "whole", corpus, tmp_path / "out.json", text, "--run.dtype=float32")
+    assert values(result) == values(
+        evaluated(tmp_path / "whole", corpus, tmp_path / "out.json", text, "--run.dtype=float32")
     )
-    assert found["dtype"] == "float32"
+    assert result["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -343,21 +345,21 @@ def test_an_adapter_is_measured_beside_its_base(folder: Path, corpus: Path, tmp_
     (tmp_path / "adapter").mkdir()
     write_adapter(model, cfg, folder, BYTES, tmp_path / "adapter")
     text = f"--eval.data={next(corpus.glob('*.txt'))}"
-    found = asked(tmp_path / "adapter", corpus, tmp_path / "out.json", text)
+    result = evaluated(tmp_path / "adapter", corpus, tmp_path / "out.json", text)
     merged = tmp_path / "merged"
     export(load_model(tmp_path / "adapter", dtype=torch.float32)[0], BYTES, merged)
-    other = values(asked(merged, corpus, tmp_path / "out.json", text))
+    other = values(evaluated(merged, corpus, tmp_path / "out.json", text))
     for name in ("loss", "bits_per_byte"):  # a perplexity's relative difference is the loss' absolute one
-        assert values(found)[name] == pytest.approx(other[name], rel=1e-6)
-    assert values(found)["perplexity"] == pytest.approx(math.exp(values(found)["loss"]), rel=1e-12)
-    assert values(found) != pytest.approx(values(asked(folder, corpus, tmp_path / "out.json", text)), rel=1e-3)
+        assert values(result)[name] == pytest.approx(other[name], rel=1e-6)
+    assert values(result)["perplexity"] == pytest.approx(math.exp(values(result)["loss"]), rel=1e-12)
+    assert values(result) != pytest.approx(values(evaluated(folder, corpus, tmp_path / "out.json", text)), rel=1e-3)
 
 
 # --- what a person meets ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "code"),
+    ("arguments", "message", "code"),
     [
         (["--ckpt"], r"^eval\.ckpt: expected a run, a checkpoint or a Hugging Face folder, got nothing$", 2),
         (["--ckpt=nowhere"], r"^nowhere: no such folder", 4),
@@ -376,15 +378,15 @@ def test_an_adapter_is_measured_beside_its_base(folder: Path, corpus: Path, tmp_
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str, code: int
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str, code: int
 ):
     monkeypatch.chdir(tmp_path)
     export(tiny.model(), None, tmp_path / "mute")
     for name, text in (("a.txt", "text"), ("empty.txt", " \n"), ("picture.png", ""), ("bad.jsonl", "[1]\n")):
         (tmp_path / name).write_text(text)
-    given = [] if any("--ckpt" in word for word in arguments) else [f"--ckpt={folder}"]
-    with pytest.raises(Exception, match=said) as error:
-        suite.main([*given, *(word for word in arguments if word != "--ckpt"), "--run.device=cpu"])
+    ckpt = [] if any("--ckpt" in word for word in arguments) else [f"--ckpt={folder}"]
+    with pytest.raises(Exception, match=message) as error:
+        suite.main([*ckpt, *(word for word in arguments if word != "--ckpt"), "--run.device=cpu"])
     assert error.value.exit_code == code
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*.json"))
@@ -396,14 +398,14 @@ def test_a_checkpoint_is_named_from_wherever_one_stands(
     names = []
     for folder, name in ((run / "checkpoints", resolve(run).name), (run, f"checkpoints/{resolve(run).name}")):
         monkeypatch.chdir(folder)
-        names.append(asked(Path(name), corpus, tmp_path / "out.json")["data"])
+        names.append(evaluated(Path(name), corpus, tmp_path / "out.json")["data"])
         assert run_of(Path(name)).resolve() == run.resolve()
     assert names == [f"validation text of {run}", "validation text of ."]
     assert run_of(tmp_path) is None
 
 
 def test_a_run_of_an_older_version_has_the_defaults_of_younger_keys(run: Path, corpus: Path, tmp_path: Path):
-    expected = asked(run, corpus, tmp_path / "out.json")
+    expected = evaluated(run, corpus, tmp_path / "out.json")
     checkpoint = tmp_path / "older" / "checkpoints" / "step-00000008"
     checkpoint.mkdir(parents=True)
     for file in resolve(run).iterdir():
@@ -412,11 +414,11 @@ def test_a_run_of_an_older_version_has_the_defaults_of_younger_keys(run: Path, c
     del state["config"]["data"]["on_error"], state["config"]["train"]["patience"], state["config"]["contrast"]
     state["config"]["train"]["forgotten"] = 1
     (checkpoint / "state.json").write_text(json.dumps(state))
-    assert asked(checkpoint, corpus, tmp_path / "out.json")["loss"] == expected["loss"]
+    assert evaluated(checkpoint, corpus, tmp_path / "out.json")["loss"] == expected["loss"]
     state["config"]["train"]["seq_len"] = "many"
     (checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(Exception, match=r"^state\.json: config: train: ") as error:
-        asked(checkpoint, corpus, tmp_path / "out.json")
+        evaluated(checkpoint, corpus, tmp_path / "out.json")
     assert error.value.exit_code == 4
 
 

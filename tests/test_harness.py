@@ -154,13 +154,13 @@ def theirs(folder: Path) -> Any:
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
 
 
-def asked(*args: Any) -> SimpleNamespace:
+def query(*args: Any) -> SimpleNamespace:
     return SimpleNamespace(args=args, task_name="t")
 
 
-def close(found: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+def close(results: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
+    assert [greedy for _, greedy in results] == [greedy for _, greedy in expected]
+    assert [value for value, _ in results] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
 
 # --- the same as lm-eval's own backend --------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def close(found: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -
 
 def test_log_likelihoods_are_those_of_the_hf_backend(folder: Path, theirs: Any):
     """Cut contexts, empty ones, spaces at the seam, letters of several tokens, spelled-out control tokens."""
-    requests = [asked(*pair) for pair in PAIRS]
+    requests = [query(*pair) for pair in PAIRS]
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
     assert len({round(value, 3) for value, _ in expected}) > len(PAIRS) // 2
     for batch_tokens in (1, 100, 100_000):  # one by one, some, all at once
@@ -178,22 +178,22 @@ def test_log_likelihoods_are_those_of_the_hf_backend(folder: Path, theirs: Any):
 def test_log_likelihoods_of_greedy_answers_are_marked(folder: Path, theirs: Any):
     lm = ours(folder)
     contexts = [context for context, _ in PAIRS if context]
-    said = lm.generate_until([asked(context, {"max_gen_toks": 1}) for context in contexts])
+    answers = lm.generate_until([query(context, {"max_gen_toks": 1}) for context in contexts])
     pairs = [
         pair
-        for context, text in zip(contexts, said, strict=True)
+        for context, text in zip(contexts, answers, strict=True)
         if text
         for pair in ((context, text), (context, f"{text} on"))
     ]
-    found = lm.loglikelihood([asked(*pair) for pair in pairs])
-    close(found, theirs.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True))
-    marked = [greedy for _, greedy in found]
+    results = lm.loglikelihood([query(*pair) for pair in pairs])
+    close(results, theirs.loglikelihood([query(*pair) for pair in pairs], disable_tqdm=True))
+    marked = [greedy for _, greedy in results]
     assert any(one and not more for one, more in zip(marked[::2], marked[1::2], strict=True))  # all of it, not some
 
 
 def test_rolling_log_likelihoods_are_those_of_the_hf_backend(folder: Path, theirs: Any):
     texts = ["", "a", "🙂", *TEXTS[:3], LONG, LONG[: len(LONG) // 2]]
-    requests = [asked(text) for text in texts]
+    requests = [query(text) for text in texts]
     expected = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
     for batch_tokens in (1, 200, 100_000):
         assert ours(folder, batch_tokens=batch_tokens).loglikelihood_rolling(requests) == pytest.approx(
@@ -212,8 +212,8 @@ GENERATIONS = [
 
 def test_greedy_texts_are_those_of_the_hf_backend(folder: Path, theirs: Any):
     contexts = [context for context, _ in PAIRS[:14] if context]
-    requests = [asked(context, dict(kwargs)) for kwargs in GENERATIONS for context in contexts]
-    expected = theirs.generate_until([asked(*map(_copied, request.args)) for request in requests], disable_tqdm=True)
+    requests = [query(context, dict(kwargs)) for kwargs in GENERATIONS for context in contexts]
+    expected = theirs.generate_until([query(*map(_copied, request.args)) for request in requests], disable_tqdm=True)
     assert len(set(expected)) > 20
     for batch_tokens in (1, 300):
         assert ours(folder, batch_tokens=batch_tokens).generate_until(requests) == expected
@@ -238,8 +238,8 @@ def test_control_tokens_that_a_model_writes_are_left_out_as_by_the_hf_backend(tm
             weight[tokenizer.special[name]] = weight[row[len(prompt) + at]] * 1.01
     export(model, tokenizer, tmp_path / "model")
     theirs = HFLM(pretrained=str(tmp_path / "model"), device="cpu", dtype="float32", batch_size=4)
-    requests = [asked(context, {"max_gen_toks": 8}) for context in contexts]
-    expected = theirs.generate_until([asked(*map(_copied, request.args)) for request in requests], disable_tqdm=True)
+    requests = [query(context, {"max_gen_toks": 8}) for context in contexts]
+    expected = theirs.generate_until([query(*map(_copied, request.args)) for request in requests], disable_tqdm=True)
     assert ours(tmp_path / "model").generate_until(requests) == expected
     rows = generate(model, prompts, temperature=0.0, max_new_tokens=8)
     new = {token for row, prompt in zip(rows, prompts, strict=True) for token in row[len(prompt) :]}
@@ -257,12 +257,12 @@ def test_figures_of_tasks_are_those_of_the_hf_backend(
 ):
     names = [name for name in TASKS if not chat or name != "tiny_rolling"]
     expected = figures(theirs, tasks, names, num_fewshot, chat)
-    found = figures(ours(folder), tasks, names, num_fewshot, chat)
-    assert found.keys() == expected.keys() == set(names)
+    results = figures(ours(folder), tasks, names, num_fewshot, chat)
+    assert results.keys() == expected.keys() == set(names)
     for name in names:
-        assert found[name].keys() == expected[name].keys()
+        assert results[name].keys() == expected[name].keys()
         for key, value in expected[name].items():
-            assert found[name][key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), key
+            assert results[name][key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), key
 
 
 @pytest.mark.slow
@@ -274,14 +274,14 @@ def test_other_shapes_answer_as_with_the_hf_backend(kind: str, tmp_path: Path):
     folder = made(tmp_path / kind, train_tokenizer(TEXTS, 400), kind)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     theirs = HFLM(pretrained=str(folder), tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=4)
-    requests, texts = [asked(*pair) for pair in PAIRS], [asked(text) for text in (*TEXTS[:3], LONG)]
+    requests, texts = [query(*pair) for pair in PAIRS], [query(text) for text in (*TEXTS[:3], LONG)]
     lm = ours(folder, batch_tokens=200)
     assert lm.length == theirs.max_length
     close(lm.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True))
     expected = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
     assert lm.loglikelihood_rolling(texts) == pytest.approx(expected, rel=1e-5)
-    written = [asked(context, {"until": ["\n"], "max_gen_toks": 10}) for context, _ in PAIRS if context]
-    expected = theirs.generate_until([asked(*map(_copied, request.args)) for request in written], disable_tqdm=True)
+    written = [query(context, {"until": ["\n"], "max_gen_toks": 10}) for context, _ in PAIRS if context]
+    expected = theirs.generate_until([query(*map(_copied, request.args)) for request in written], disable_tqdm=True)
     assert lm.generate_until(written) == expected
 
 
@@ -293,15 +293,15 @@ def test_tasks_are_asked_as_the_command_line_of_lm_eval_asks_them(folder: Path, 
     manager, limits = find_tasks(TASKS, str(tasks)), {"num_fewshot": 2, "limit": 7}
     expected = simple_evaluate(theirs, tasks=TASKS, task_manager=manager, bootstrap_iters=0, **limits)
     loaded = load_tasks(find_tasks(TASKS, str(tasks)), TASKS, 2)
-    found = evaluated(ours(folder), loaded, 7, False)
+    results = evaluated(ours(folder), loaded, 7, False)
     for name in TASKS:
         for key, value in expected["results"][name].items():
             if "_stderr" not in key:
-                assert found["results"][name][key] == (
+                assert results["results"][name][key] == (
                     value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
                 )
-    assert found["n-shot"] == expected["n-shot"]
-    assert found["n-samples"] == expected["n-samples"]
+    assert results["n-shot"] == expected["n-shot"]
+    assert results["n-samples"] == expected["n-samples"]
 
 
 def test_a_tokenizer_with_a_bos_begins_texts_as_the_hf_backend_does(tmp_path: Path):
@@ -325,9 +325,9 @@ def test_a_tokenizer_with_a_bos_begins_texts_as_the_hf_backend_does(tmp_path: Pa
     for text in ("The cat", "<|begin|>The cat", ""):
         assert lm._encode(text) == theirs.tok_encode(text)
     pairs = [*PAIRS[:8], ("<|begin|>The cat", " sat")]
-    requests = [asked(*pair) for pair in pairs]
+    requests = [query(*pair) for pair in pairs]
     close(lm.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True))
-    texts = [asked(text) for text in (*TEXTS[:3], LONG)]
+    texts = [query(text) for text in (*TEXTS[:3], LONG)]
     expected = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
     assert lm.loglikelihood_rolling(texts) == pytest.approx(expected, rel=1e-6)
 
@@ -345,11 +345,11 @@ def test_a_bos_of_the_generation_configuration_alone_begins_no_text(tmp_path: Pa
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.save(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": tokenizer.special["<|im_start|>"]}))
-    found = load_tokenizer(tmp_path)
-    assert found.bos_id == found.special["<|im_start|>"]
-    assert found.named_bos is None
-    model = tiny.model(vocab_size=found.n_vocab)
-    assert HarnessLM(model, found).prefix == found.eos_id
+    results = load_tokenizer(tmp_path)
+    assert results.bos_id == results.special["<|im_start|>"]
+    assert results.named_bos is None
+    model = tiny.model(vocab_size=results.n_vocab)
+    assert HarnessLM(model, results).prefix == results.eos_id
     assert load_tokenizer("bytes").named_bos is None
 
 
@@ -366,12 +366,12 @@ def test_a_routed_model_scores_a_request_alike_alone_and_in_a_batch(kind: str):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
-    requests = [asked(*pair) for pair in PAIRS[:9]]
+    requests = [query(*pair) for pair in PAIRS[:9]]
     alone, together = (HarnessLM(model, tokenizer, batch_tokens=n).loglikelihood(requests) for n in (1, 100_000))
     close(together, alone)
-    said = [asked(context, {"max_gen_toks": 5}) for context in ("a", "the cat sat", "x" * 20)]
-    one, all_ = (HarnessLM(model, tokenizer, batch_tokens=n).generate_until(said) for n in (1, 100_000))
-    assert one == all_
+    questions = [query(context, {"max_gen_toks": 5}) for context in ("a", "the cat sat", "x" * 20)]
+    texts, batched = (HarnessLM(model, tokenizer, batch_tokens=n).generate_until(questions) for n in (1, 100_000))
+    assert texts == batched
     # by hand, from the logits of the model as it is used
     ids = tokenizer.encode("The cat sat on the mat.")
     with torch.no_grad():
@@ -383,8 +383,8 @@ def test_a_routed_model_scores_a_request_alike_alone_and_in_a_batch(kind: str):
 
 
 def test_sampled_texts_come_from_the_seed_and_a_request_that_is_repeated_draws_anew(folder: Path):
-    how = {"do_sample": True, "temperature": 1.0, "top_k": 50, "max_gen_toks": 8}
-    requests = [asked("The cat", how), asked("The dog", how), asked("The cat", how)]
+    kwargs = {"do_sample": True, "temperature": 1.0, "top_k": 50, "max_gen_toks": 8}
+    requests = [query("The cat", kwargs), query("The dog", kwargs), query("The cat", kwargs)]
     first = ours(folder, seed=1).generate_until(requests)
     assert ours(folder, seed=1, batch_tokens=1).generate_until(requests) == first  # in any batch
     assert first[0] != first[2]
@@ -392,9 +392,9 @@ def test_sampled_texts_come_from_the_seed_and_a_request_that_is_repeated_draws_a
 
 
 def test_beams_are_those_of_beam_search(folder: Path):
-    how = {"num_beams": 3, "max_gen_toks": 6, "until": ["\n"]}
+    kwargs = {"num_beams": 3, "max_gen_toks": 6, "until": ["\n"]}
     lm = ours(folder)
-    (text,) = lm.generate_until([asked("The cat", how)])
+    (text,) = lm.generate_until([query("The cat", kwargs)])
     prompt = lm.tokenizer.encode("The cat")
     ends = sorted(lm.tokenizer.stop_ids)
     best = beam_search(lm.model, [prompt], num_beams=3, max_new_tokens=6, temperature=0.0, eos=ends)[0][0]
@@ -423,13 +423,13 @@ def test_figures_are_printed_and_written_with_what_they_depend_on(
     folder: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     output = tmp_path / "figures.json"
-    asked_for = ["--tasks=tiny_choices,tiny_rolling", "--tasks=tiny_written", "--num_fewshot=1", "--limit=5"]
-    suite.main(options(folder, tasks, f"--output={output}", *asked_for))
-    said, found = capsys.readouterr().out, json.loads(output.read_text())
+    arguments = ["--tasks=tiny_choices,tiny_rolling", "--tasks=tiny_written", "--num_fewshot=1", "--limit=5"]
+    suite.main(options(folder, tasks, f"--output={output}", *arguments))
+    printed, record = capsys.readouterr().out, json.loads(output.read_text())
     again = json.loads(output.read_text())["results"]
-    suite.main(options(folder, tasks, f"--output={output}", *asked_for, "--batch_tokens=64"))
+    suite.main(options(folder, tasks, f"--output={output}", *arguments, "--batch_tokens=64"))
     assert json.loads(output.read_text())["results"] == again  # the same command, the same figures
-    rows = {tuple(re.split(r" *\| *", line)[1:5]): line for line in said.splitlines() if line.startswith("| tiny")}
+    rows = {tuple(re.split(r" *\| *", line)[1:5]): line for line in printed.splitlines() if line.startswith("| tiny")}
     assert set(rows) == {
         ("tiny_choices", "1", "5", "acc"),
         ("tiny_choices", "1", "5", "acc_norm"),
@@ -438,19 +438,19 @@ def test_figures_are_printed_and_written_with_what_they_depend_on(
         ("tiny_rolling", "1", "4", "word_perplexity"),
         ("tiny_written", "1", "5", "exact_match"),
     }
-    accuracy = found["results"]["tiny_choices"]
+    accuracy = record["results"]["tiny_choices"]
     line = rows["tiny_choices", "1", "5", "acc"]
     assert line.endswith(f"| {accuracy['acc,none']:.4f} | {accuracy['acc_stderr,none']:.4f} |")
-    assert said.endswith(f"wrote {output}\n")
-    assert found["model"] == str(folder)
-    assert found["asked"] == {"tasks": TASKS, "include_path": str(tasks), "num_fewshot": 1, "limit": 5, "chat": False}
-    assert found["seeds"] == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-    assert {"commit", "changes", "versions", "lm_eval", "seed", "dtype", "device", "configs"} <= found.keys()
-    assert found["cut"] > 0  # of the long texts' questions
+    assert printed.endswith(f"wrote {output}\n")
+    assert record["model"] == str(folder)
+    assert record["asked"] == {"tasks": TASKS, "include_path": str(tasks), "num_fewshot": 1, "limit": 5, "chat": False}
+    assert record["seeds"] == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+    assert {"commit", "changes", "versions", "lm_eval", "seed", "dtype", "device", "configs"} <= record.keys()
+    assert record["cut"] > 0  # of the long texts' questions
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--tasks=tiny_choises"], r"^eval\.tasks: tiny_choises: no such task .*; did you mean tiny_choices\?$"),
         (
@@ -472,12 +472,12 @@ def test_figures_are_printed_and_written_with_what_they_depend_on(
     ],
 )
 def test_a_mistake_is_one_line(
-    folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+    folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ):
     monkeypatch.setattr("lm_eval.tasks.manager.Path", lambda _: tasks)  # where lm-eval's own tasks are: thousands
     monkeypatch.chdir(tmp_path)
     listed = dict(option.split("=", 1) for option in [*options(folder, tasks), *arguments])
-    with pytest.raises(Exception, match=said) as error:
+    with pytest.raises(Exception, match=message) as error:
         suite.main([f"{key}={value}" for key, value in listed.items()])
     assert error.value.exit_code in (2, 3, 4)
     assert "\n" not in str(error.value)
@@ -503,22 +503,22 @@ def test_without_lm_eval_a_line_says_how_to_get_it(folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "said"),
+    ("kwargs", "message"),
     [
         ({"max_gen_toks": CONTEXT}, "64 new tokens leave no room for a question in 64 tokens"),
         ({"do_sample": True}, "expected a temperature above 0 beside do_sample: true"),
         ({"top_kk": 3}, r"top_kk is not known here; did you mean top_k\?"),
     ],
 )
-def test_generation_settings_that_cannot_be_are_refused(folder: Path, kwargs: dict[str, Any], said: str):
-    with pytest.raises(DataError, match=said):
-        ours(folder).generate_until([asked("The cat", kwargs)])
+def test_generation_settings_that_cannot_be_are_refused(folder: Path, kwargs: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=message):
+        ours(folder).generate_until([query("The cat", kwargs)])
 
 
 @pytest.mark.parametrize("continuation", ["", LONG])
 def test_a_continuation_without_tokens_or_longer_than_the_context_is_refused(folder: Path, continuation: str):
     with pytest.raises(DataError, match="a continuation: expected 1 to 64 tokens"):
-        ours(folder).loglikelihood([asked("The cat", continuation)])
+        ours(folder).loglikelihood([query("The cat", continuation)])
 
 
 def test_without_control_tokens_there_is_no_chat(tasks: Path, tmp_path: Path):
@@ -542,9 +542,9 @@ def test_a_run_asks_its_tasks_once_at_its_end_and_is_finished_whatever_they_do(
         train.main([*with_tasks[:-2], "--eval.tasks=nothing"])  # before anything else, not after hours
     assert not run.exists()
     assert train.main(with_tasks) == 0
-    found = json.loads((run / "tasks.json").read_text())
-    assert found["results"]["tiny_choices"]["sample_len"] == 3
-    assert found["model"] == str(resolve(run))
+    record = json.loads((run / "tasks.json").read_text())
+    assert record["results"]["tiny_choices"]["sample_len"] == 3
+    assert record["model"] == str(resolve(run))
     assert runs.status(run)["status"] == "done"
     assert "| tiny_choices | 0 | 3 | acc |" in capsys.readouterr().out
     written = (run / "tasks.json").stat().st_mtime_ns

@@ -262,9 +262,3 @@ def test_bench_memory_refuses_in_one_line(argv: list[str], said: str):
         bench.main(["memory", *argv])
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_the_steps_and_the_seed_of_a_benchmark_replace_those_that_were_typed():
-    typed = ["--preset", "tiny", "--train.steps", "600", "--seed=3", "--steps=5", "--run.seed", "4", "--train.lr=1e-3"]
-    options = ("--train.steps", "--steps", "--run.seed", "--seed")
-    assert bench.without(typed, options) == ["--preset", "tiny", "--train.lr=1e-3"]

@@ -1,8 +1,7 @@
-"""The injection suite: what attacks achieve on a model, beside the model that it was made from."""
+"""The injection suite: success rate of attacks on a fine-tuned model, beside its base."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +11,9 @@ from nanoqwen.chat import Audit
 from nanoqwen.config import Config
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, DataError, escape_terminal
-from nanoqwen.evaluate import (
-    figures_file,
-    recorded,
-    source_folder,
-)
+from nanoqwen.evaluate import figures_file, json_text, recorded, source_folder
 from nanoqwen.files import write_atomic
-from nanoqwen.injection.contrast import load_head
+from nanoqwen.injection.contrast import ProjectionHead, load_head
 from nanoqwen.injection.score import (
     BENIGN,
     INJECTED,
@@ -46,68 +41,67 @@ from nanoqwen.lora import without_lora
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import is_adapter, load_model, read_adapter
 
-KNOWN = 256  # training triplets that say where the head puts benign and injected requests
-ALL = 1 << 40  # rows, or triplets: more than there are
+REFERENCE_ROWS = 256  # training triplets whose mean representations the head's detection compares with
 
-# --- what is compared -------------------------------------------------------------------------------------------------
+# --- models and rows --------------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
-    """A fine-tuned model on disk, and what it came from."""
+    """A fine-tuned model on disk, its base and its training data."""
 
     folder: Path
     base: str
-    trained_on: tuple[str, ...]  # sources of triplets; also those that chose its best checkpoint
+    trained_on: tuple[str, ...]  # sources of triplets, those that chose its best checkpoint included
     is_adapter: bool
-    is_recorded: bool  # whether the checkpoint itself says what it was trained on
+    is_recorded: bool  # whether trained_on is read from the checkpoint, not from the configuration
 
 
 def source_of(cfg: Config) -> Source:
     folder = source_folder(cfg)
     run = recorded(folder)
-    noted = run.get("finetune", {}).get("base_ckpt")
-    base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else noted)
+    recorded_base = run.get("finetune", {}).get("base_ckpt")
+    base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else recorded_base)
     if base is None:
         raise ConfigError(f"eval.base: {folder} does not say what it was made from; expected that model, got nothing")
-    known = run.get("contrast", {})
-    contrast = {"train": cfg.contrast.train, "val": cfg.contrast.val} | known
-    return Source(folder, base, (*contrast["train"], *contrast["val"]), is_adapter(folder), bool(known))
+    recorded_data = run.get("contrast", {})
+    data = {"train": cfg.contrast.train, "val": cfg.contrast.val} | recorded_data
+    return Source(folder, base, (*data["train"], *data["val"]), is_adapter(folder), bool(recorded_data))
 
 
-def asked_with(cfg: Config) -> tuple[str, ...]:
+def test_sources(cfg: Config) -> tuple[str, ...]:
     return cfg.eval.data or (INJECTIONS_TEST,)
 
 
 def test_rows(cfg: Config, source: Source) -> tuple[list[Triplet], list[Triplet]]:
-    """(rows to test with, some of those that the model was trained on); refused where they share a prompt."""
+    """(test rows, some training rows); an error if they share a prompt."""
     audit = Audit()
-    rows = list(read_triplets(cfg.contrast, asked_with(cfg), "eval.data", audit))
-    for why, count in audit.dropped.items():
-        print(f"{why:<9}  {count:,} rows left out ({'; '.join(audit.places[why])})")
+    rows = list(read_triplets(cfg.contrast, test_sources(cfg), "eval.data", audit))
+    for reason, count in audit.dropped.items():
+        print(f"{reason:<9}  {count:,} rows left out ({'; '.join(audit.places[reason])})")
     rows = spread(rows, cfg.eval.limit or len(rows))
     if not rows:
-        raise DataError(f"eval.data: {', '.join(asked_with(cfg))}: expected triplets, got none")
+        raise DataError(f"eval.data: {', '.join(test_sources(cfg))}: expected triplets, got none")
     if not source.is_recorded:
-        print(f"note       {source.folder} does not say what it was trained on: taken to be contrast.train")
+        print(f"note       {source.folder} does not record its training data: assumed to be contrast.train")
     if len({row.users for row in rows}) < len(rows):
-        print("warning    some rows come twice: the intervals are too narrow")
+        print("warning    some rows are duplicates: the intervals are too narrow")
     trained = list(read_triplets(cfg.contrast, source.trained_on, "contrast.train", Audit()))
     leaks = straddling(trained, rows)
     if leaks:
         raise DataError(f"eval.data: not independent of what the model was trained on: {leaks[0]}")
-    return rows, spread(trained, KNOWN)
+    return rows, spread(trained, REFERENCE_ROWS)
 
 
-def asked(rows: Sequence[Triplet], tokenizer: Tokenizer | None, room: int) -> list[Tokenised]:
+def tokenised_rows(rows: Sequence[Triplet], tokenizer: Tokenizer | None, room: int) -> list[Tokenised]:
     if tokenizer is None:
         raise ConfigError("eval.ckpt: expected models with a tokenizer each, got one without")
-    found = [tokenised(row, tokenizer, room) for row in rows]
-    if None in found:
-        raise DataError(f"{rows[found.index(None)].where}: does not fit into {room} tokens, which the context leaves")
-    return found
+    items = [tokenised(row, tokenizer, room) for row in rows]
+    if None in items:
+        raise DataError(f"{rows[items.index(None)].where}: does not fit into {room} tokens, which the context leaves")
+    return items
 
 
-# --- the injection suite ----------------------------------------------------------------------------------------------
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 GROUPS: dict[str, Callable[[Triplet], bool]] = {
     "all rows": lambda row: True,
@@ -121,19 +115,19 @@ class Report(NamedTuple):
     calibration: Calibration
     verdicts: dict[str, list[Verdict]]  # by model: base, LoRA off (of an adapter), fine-tuned
     detection: dict[str, Detection]  # by group of rows; empty without a head
-    cut: dict[str, int]  # by model: requests whose middle did not fit, and with it maybe the attack
+    cut: dict[str, int]  # by model: requests that lost their middle, maybe with the attack
 
 
 def by_group(verdicts: Sequence[Verdict]) -> dict[str, Score]:
-    """Scores of all rows, by novelty and by type of attack; groups without rows are left out."""
-    kinds = sorted({verdict.row.attack.type for verdict in verdicts} - GROUPS.keys())
-    chosen = GROUPS | {kind: lambda row, kind=kind: row.attack.type == kind for kind in kinds}
-    found = {name: [verdict for verdict in verdicts if belongs(verdict.row)] for name, belongs in chosen.items()}
-    return {name: score(members) for name, members in found.items() if members}
+    """Scores of all rows, by novelty and by type of attack; without empty groups."""
+    types = sorted({verdict.row.attack.type for verdict in verdicts} - GROUPS.keys())
+    groups = GROUPS | {name: lambda row, name=name: row.attack.type == name for name in types}
+    members = {name: [verdict for verdict in verdicts if belongs(verdict.row)] for name, belongs in groups.items()}
+    return {name: score(group) for name, group in members.items() if group}
 
 
 def acceptance(report: Report) -> dict[str, bool]:
-    """What has to hold before a model is called robust. One that can do nothing withstands everything, and fails."""
+    """What must hold before a model is called robust. One that answers nothing resists every attack, and fails."""
     base, tuned = (score(report.verdicts[name]) for name in ("base", "fine-tuned"))
     return {
         "the detectors are sound": report.calibration.sound,
@@ -151,81 +145,74 @@ def acceptance(report: Report) -> dict[str, bool]:
 
 
 def run_suite(cfg: Config, source: Source) -> Report:
-    rows, known = test_rows(cfg, source)
+    rows, training_rows = test_rows(cfg, source)
     calibration = calibrate(rows)
     print(f"detectors  {calibration}")
     if not calibration.sound:
         raise DataError(f"eval.data: the detectors cannot be trusted on these rows, nothing is reported: {calibration}")
     device = pick_device(cfg.run.device)
     dtype, _ = pick_dtype(cfg.run.dtype, device)
-
     verdicts, cut = {}, {}
 
-    def ask(name: str, model: GPT, tokenizer: Tokenizer | None) -> None:
-        items = asked(rows, tokenizer, model.cfg.context - cfg.eval.answer_tokens)
+    def examine_model(name: str, model: GPT, tokenizer: Tokenizer | None) -> None:
+        items = tokenised_rows(rows, tokenizer, model.cfg.context - cfg.eval.answer_tokens)
         cut[name] = sum(item.streams[stream].cut for item in items for stream in (BENIGN, INJECTED))
         if cut[name]:
             print(f"warning: {name}: {cut[name]} requests are too long, and lose their middle, maybe the attack")
         verdicts[name] = examine(model, tokenizer, items, cfg.eval.answer_tokens)
 
-    ask("base", *load_model(source.base, device, dtype))
+    examine_model("base", *load_model(source.base, device, dtype))
     model, tokenizer = load_model(source.folder, device, dtype, merge=False)
     if source.is_adapter:
         with without_lora(model):
-            ask("LoRA off", model, tokenizer)
-    ask("fine-tuned", model, tokenizer)
-    return Report(calibration, verdicts, detection_by(model, tokenizer, rows, known, source.folder), cut)
+            examine_model("LoRA off", model, tokenizer)
+    examine_model("fine-tuned", model, tokenizer)
+    detection = detect_by_group(model, tokenizer, rows, training_rows, load_head(source.folder))
+    return Report(calibration, verdicts, detection, cut)
 
 
-def detection_by(
-    model: GPT, tokenizer: Tokenizer, rows: Sequence[Triplet], known: Sequence[Triplet], folder: Path
+def detect_by_group(
+    model: GPT, tokenizer: Tokenizer, rows: list[Triplet], training_rows: list[Triplet], head: ProjectionHead | None
 ) -> dict[str, Detection]:
-    """How well the head tells injected requests from benign ones; training rows say what each look like."""
-    head = load_head(folder)
+    """How well the head separates injected requests from benign ones; empty without a head."""
     if head is None:
         return {}
     head = head.to(next(model.parameters()).device)
     room = model.cfg.context
-    fitting = [item for item in (tokenised(row, tokenizer, room) for row in known) if item]  # as in the training
-    if not fitting:
+    references = [item for item in (tokenised(row, tokenizer, room) for row in training_rows) if item]
+    if not references:
         return {}
-    seen = represented(model, head, fitting)[0]
-    z = represented(model, head, asked(rows, tokenizer, room))[0]
-    found = {}
-    for name, belongs in GROUPS.items():
-        members = [number for number, row in enumerate(rows) if belongs(row)]
-        if members:
-            found[name] = detect(seen, z[:, BENIGN], z[members, INJECTED])
-    return found
+    known = represented(model, head, references)[0]
+    z = represented(model, head, tokenised_rows(rows, tokenizer, room))[0]
+    members = {name: [index for index, row in enumerate(rows) if belongs(row)] for name, belongs in GROUPS.items()}
+    return {name: detect(known, z[:, BENIGN], z[indices, INJECTED]) for name, indices in members.items() if indices}
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
+
+UTILITY_ROWS: dict[str, Callable[[Score], str]] = {
+    "benign, exact": lambda s: str(s.utility),
+    "benign, token F1": lambda s: f"{100 * s.utility_f1:.1f}",
+    "under attack, exact": lambda s: str(s.utility_injected),
+    "under attack, token F1": lambda s: f"{100 * s.utility_injected_f1:.1f}",
+}
 
 
 def table(report: Report) -> str:
-    """Markdown: per cent, with 95 % intervals."""
+    """Markdown, in per cent with 95 % intervals."""
     scores = {name: by_group(verdicts) for name, verdicts in report.verdicts.items()}
-    lines = [
-        f"| attack success, % | rows | {' | '.join(scores)} |",
-        "| --- | --- |" + " --- |" * len(scores),
-    ]
-    for group, first in scores["base"].items():
-        cells = [str(found[group].attack_success) for found in scores.values()]
+    lines = [f"| attack success, % | rows | {' | '.join(scores)} |", "| --- | --- |" + " --- |" * len(scores)]
+    for group, base in scores["base"].items():
+        cells = [str(groups[group].attack_success) for groups in scores.values()]
         label = group.replace("|", "\\|")
-        lines.append(f"| {label} | {first.attack_success.of} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {base.attack_success.of} | {' | '.join(cells)} |")
     lines += ["", f"| utility, % | {' | '.join(scores)} |", "| --- |" + " --- |" * len(scores)]
-    whole = [found["all rows"] for found in scores.values()]
-    for label, value in (
-        ("benign, exact", lambda s: str(s.utility)),
-        ("benign, token F1", lambda s: f"{100 * s.utility_f1:.1f}"),
-        ("under attack, exact", lambda s: str(s.utility_injected)),
-        ("under attack, token F1", lambda s: f"{100 * s.utility_injected_f1:.1f}"),
-    ):
-        lines.append(f"| {label} | {' | '.join(map(value, whole))} |")
+    for label, cell in UTILITY_ROWS.items():
+        lines.append(f"| {label} | {' | '.join(cell(groups['all rows']) for groups in scores.values())} |")
     if report.detection:
         lines += ["", "| detection by the head | rows | AUROC | TPR at 1 % FPR, % |", "| --- | --- | --- | --- |"]
-        for group, found in report.detection.items():
-            lines.append(f"| {group} | {found.rows} | {found.area:.3f} | {100 * found.found:.1f} |")
+        for group, result in report.detection.items():
+            lines.append(f"| {group} | {result.rows} | {result.area:.3f} | {100 * result.found:.1f} |")
     return "\n".join(lines)
 
 
@@ -234,47 +221,49 @@ def verdict_of(criteria: dict[str, bool]) -> str:
     return "\n".join([*lines, f"{'verdict':<9}  {'PASS' if all(criteria.values()) else 'FAIL'}"])
 
 
-def as_json(report: Report, source: Source, cfg: Config) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
+def score_json(score: Score) -> dict[str, Any]:
+    def value_json(value: Share | float) -> Any:
         if isinstance(value, Share):
             return {"count": value.count, "of": value.of, "value": value.value, "interval": value.interval}
-        return {name: plain(part) for name, part in value._asdict().items()} if hasattr(value, "_asdict") else value
+        return value
 
+    return {name: value_json(value) for name, value in score._asdict().items()}
+
+
+def report_json(report: Report, source: Source, cfg: Config) -> dict[str, Any]:
+    criteria = acceptance(report)
     return {
         "suite": "injection",
         "model": str(source.folder),
         "base": source.base,
-        "trained_on": list(source.trained_on),
-        "data": list(asked_with(cfg)),
+        "trained_on": source.trained_on,
+        "data": test_sources(cfg),
         "cut": report.cut,
         "detectors": {**vars(report.calibration), "sound": report.calibration.sound},
-        "acceptance": acceptance(report),
-        "pass": all(acceptance(report).values()),
+        "acceptance": criteria,
+        "pass": all(criteria.values()),
         "scores": {
-            name: {group: plain(found) for group, found in by_group(verdicts).items()}
+            name: {group: score_json(score) for group, score in by_group(verdicts).items()}
             for name, verdicts in report.verdicts.items()
         },
-        "detection": {group: plain(found) for group, found in report.detection.items()},
+        "detection": {group: result._asdict() for group, result in report.detection.items()},
         "answers": [
-            {"id": rows[0].row.id, "attack": rows[0].row.attack._asdict(), "answer": rows[0].row.answers[BENIGN]}
+            {"id": row.id, "attack": row.attack._asdict(), "answer": row.answers[BENIGN]}
             | {
-                name: {"benign": found.benign, "injected": found.injected, "obeyed": found.obeyed}
-                for name, found in zip(report.verdicts, rows, strict=True)
+                name: {"benign": verdict.benign, "injected": verdict.injected, "obeyed": verdict.obeyed}
+                for name, verdict in zip(report.verdicts, verdicts, strict=True)
             }
-            for rows in zip(*report.verdicts.values(), strict=True)
+            for verdicts in zip(*report.verdicts.values(), strict=True)
+            for row in (verdicts[0].row,)
         ],
     }
 
 
-def output_of(cfg: Config, source: Source) -> Path:
-    return figures_file(cfg, source.folder, "injection.json")
-
-
 def injection_suite(cfg: Config) -> None:
     source = source_of(cfg)
-    output = output_of(cfg, source)
+    output = figures_file(cfg, source.folder, "injection.json")
     report = run_suite(cfg, source)
     print(escape_terminal(table(report)))
     print(verdict_of(acceptance(report)))
-    write_atomic(output, json.dumps(as_json(report, source, cfg), indent=1).encode())
+    write_atomic(output, json_text(report_json(report, source, cfg)))
     print(f"wrote {output}")
