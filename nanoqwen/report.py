@@ -274,30 +274,34 @@ def loss_chart(run: Run) -> Chart:
     return Chart("Loss", "nats per token", lines, log=True, wide=True, marks=tuple(marks))
 
 
+def chart_of(run: Run, panel: Panel, curves: Iterable[tuple[str, str, str]]) -> Chart:
+    """`curves` are (legend, metric, look)."""
+    lines = [
+        Line(legend, series.x, panel.times * series.y, look, dots=metric.startswith("val/"))
+        for legend, metric, look in curves for series in [run.metric(metric)]
+    ]  # fmt: skip
+    return Chart(panel.title, panel.unit, lines, panel.log, panel.smooth)
+
+
 def panel_chart(run: Run, panel: Panel) -> Chart:
     """The metrics of a panel, and those of the same name on validation text."""
-    lines = []
+    curves = []
     for n, (name, title) in enumerate(panel.names.items()):
-        for metric, legend in ((name, title), (f"val/{name}", f"{title}, validation")):
-            x, y = run.metric(metric)
-            lines.append(Line(legend, x, panel.times * y, f"c{n % 8}", dots=metric.startswith("val/")))
-    return Chart(panel.title, panel.unit, lines, panel.log, panel.smooth)
+        curves += [(title, name, f"c{n % 8}"), (f"{title}, validation", f"val/{name}", f"c{n % 8}")]
+    return chart_of(run, panel, curves)
 
 
 def router_chart(run: Run, panel: Panel) -> Chart:
     """A statistic of every routed layer and their mean, and what the panel compares it with."""
-    lines = []
+    curves = []
     for n, (name, title) in enumerate(panel.names.items()):
         if "/" in name:
-            curves = [(title, name, f"c{(n + 1) % 8}")]
+            curves.append((title, name, f"c{(n + 1) % 8}"))
         elif title:
-            curves = [(title, f"router/mean/{name}", "c1 dashed")]
+            curves.append((title, f"router/mean/{name}", "c1 dashed"))
         else:
-            curves = list(_layer_curves(run, name))
-        for legend, metric, look in curves:
-            x, y = run.metric(metric)
-            lines.append(Line(legend, x, panel.times * y, look, dots=metric.startswith("val/")))
-    return Chart(panel.title, panel.unit, lines, panel.log, panel.smooth)
+            curves += _layer_curves(run, name)
+    return chart_of(run, panel, curves)
 
 
 def _layer_curves(run: Run, statistic: str) -> Iterator[tuple[str, str, str]]:
