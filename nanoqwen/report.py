@@ -541,7 +541,8 @@ def configuration(run: Run) -> Iterator[Html]:
                if defaults and value != defaults.get(key) and key != "run.dir"]  # fmt: skip
     if changed:
         rows = table(["key", "value", "default"], changed)
-        yield details(f"{len(changed)} keys differ from the defaults", rows, opened=len(changed) <= 20)
+        count = f"{len(changed)} keys differ" if len(changed) > 1 else "1 key differs"
+        yield details(f"{count} from the defaults", rows, opened=len(changed) <= 20)
     else:
         yield tag("p", "Nothing differs from the defaults.")
     yield details("Everything", tag("pre", "\n".join(f"{key}: {value}" for key, value in settings.items())))
@@ -722,9 +723,9 @@ def html_of(run: Run, refresh: float = 0) -> str:
     header += [tag("p", sentence, class_="note")] if sentence else []
     header += [tag("dl", *entries, class_="facts")]
     shown = min(len(run.samples), MAX_SAMPLES)
-    titles = {"Evaluations": evaluations(run), "Configuration": configuration(run)}
-    titles[f"Samples ({shown} of {len(run.samples)})" if shown < len(run.samples) else "Samples"] = samples(run)
-    after = [block(title, *parts) for title, each in titles.items() if (parts := list(each))]
+    title = f"Samples ({shown} of {len(run.samples)})" if shown < len(run.samples) else "Samples"
+    parts = {"Evaluations": evaluations(run), title: samples(run), "Configuration": configuration(run)}
+    after = [block(title, *content) for title, each in parts.items() if (content := list(each))]
     after.append(block("Where it comes from", provenance(run)))
     data = {"runs": [axes_json(run)], "sections": sections(run), "shared": False}
     before = [] if data["sections"] else [tag("p", "No step has been logged.")]
