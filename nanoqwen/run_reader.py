@@ -1,7 +1,7 @@
-"""What a run folder says about its run: every metric as a series, configuration, source, status and samples.
+"""What a run folder says about its run: each metric as a series, configuration, source, status and samples.
 
-Read as found: a torn last line, a key that an older run has not logged, a file that is missing are left out. Nothing
-is executed or believed: a configuration is lines of text here, a number is a number or it is left out.
+Read as it is: a torn last line, a metric that was not logged, a missing file are left out. Nothing in it is trusted: a
+configuration is lines of text, and a value that is not a number is dropped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 from nanoqwen.errors import NoRunError
 from nanoqwen.files import read_json_if_any
 
-LARGEST = 1e100  # of what is drawn: beyond it is as good as infinite, and below its inverse nothing
-NAMES_AT_MOST = 2_000  # different metrics of a run: more are a mistake, and would not fit on a page
+LARGEST = 1e100  # larger values count as infinite, and those below its inverse as zero
+MAX_METRICS = 2_000  # different names in one run: more are a mistake, and would not fit on a page
 
 
 class Series(NamedTuple):
@@ -28,41 +28,44 @@ class Series(NamedTuple):
     y: np.ndarray  # NaN where it was not finite
 
 
-NOTHING = Series(np.zeros(0), np.zeros(0))
+EMPTY = Series(np.zeros(0), np.zeros(0))
 
 
 class Run(NamedTuple):
     name: str
     folder: Path
-    config: dict[str, str]  # by full key, as written
+    config: dict[str, str]  # full key -> value as written
     source: dict[str, Any]
     status: dict[str, Any]
     series: dict[str, Series]
     samples: list[dict[str, Any]]
-    resumes: list[float]  # steps at which it was gone on with
+    resumes: list[float]  # steps after which it was resumed
 
-    def value(self, key: str) -> Any:
-        """Of the configuration; None where it is not known."""
+    def setting(self, key: str) -> Any:
+        """A value of the configuration; None where it is unknown."""
         try:
             return json.loads(self.config[key])
         except (KeyError, ValueError):
             return None
 
-    def of(self, name: str) -> Series:
-        return self.series.get(name, NOTHING)
+    def metric(self, name: str) -> Series:
+        return self.series.get(name, EMPTY)
 
     @property
     def section(self) -> str:
-        """The script that ran, which is the section of its loop."""
+        """The script that ran: `train` or `finetune`, which is also the section of its loop."""
         command = self.source.get("command")
         script = Path(str(command[0])).stem if isinstance(command, list) and command else ""
-        return (
-            script if script in ("train", "finetune") else "finetune" if self.value("finetune.base_ckpt") else "train"
-        )
+        if script in ("train", "finetune"):
+            return script
+        return "finetune" if self.setting("finetune.base_ckpt") else "train"
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(file: Path) -> Iterator[dict[str, Any]]:
-    """Of a JSONL file, one after the other; a line that is torn, or just being written, is left out."""
+    """The objects of a JSONL file; a line that is torn, or just being written, is left out."""
     try:
         with file.open("rb") as lines:
             for line in lines:
@@ -76,8 +79,8 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def numeric(value: Any) -> float | None:
-    """null, which stands for what was not finite, is NaN; what is no number is None."""
+def number(value: Any) -> float | None:
+    """A JSON value as a float: null stands for "not finite" and is NaN; None for what is no number."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -89,29 +92,29 @@ def numeric(value: Any) -> float | None:
 
 
 def read_metrics(file: Path) -> tuple[dict[str, Series], list[float]]:
-    """(every metric by its name, steps of resumes), from one pass over the file."""
+    """(each metric by its name, steps of resumes), in one pass over metrics.jsonl."""
     columns: dict[str, tuple[array, array]] = {}
     resumes = []
     for row in rows_of(file):
-        step = numeric(row.get("step"))
+        step = number(row.get("step"))
         if step is None or math.isnan(step):
             continue
         if "event" in row:
             resumes.append(step)
             continue
         for name, value in row.items():
-            if name == "step" or (value := numeric(value)) is None:
+            if name == "step" or (value := number(value)) is None:
                 continue
-            if name not in columns and len(columns) >= NAMES_AT_MOST:
+            if name not in columns and len(columns) >= MAX_METRICS:
                 continue
             xs, ys = columns.setdefault(name, (array("d"), array("d")))
             xs.append(step)
             ys.append(value)
-    return {name: _rising(*column) for name, column in columns.items()}, sorted(set(resumes))
+    return {name: _sorted(*column) for name, column in columns.items()}, sorted(set(resumes))
 
 
-def _rising(xs: array, ys: array) -> Series:
-    """In the order of the steps; of a step that stands twice the later row."""
+def _sorted(xs: array, ys: array) -> Series:
+    """By step; if a step stands twice, its later row counts."""
     x, y = np.array(xs), np.array(ys)
     if len(x) > 1 and not (np.diff(x) > 0).all():
         steps, last = np.unique(x[::-1], return_index=True)
@@ -120,28 +123,28 @@ def _rising(xs: array, ys: array) -> Series:
 
 
 def read_config(file: Path) -> dict[str, str]:
-    """The lines of a resolved config.yaml as {full key: value as written}; their form is that of `config.dump`."""
+    """A resolved config.yaml as {full key: value as written}; empty where there is none."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        return config_lines(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return {}
-    return flat(text)
 
 
-def flat(text: str) -> dict[str, str]:
+def config_lines(text: str) -> dict[str, str]:
+    """{full key: value as written} of what `config.dump` writes: one key a line, two spaces a level."""
     path: list[str] = []
-    found = {}
+    values = {}
     for line in text.splitlines():
         if match := re.fullmatch(r"( *)([\w.-]+):(?: (.*))?", line):
             path = [*path[: len(match[1]) // 2], match[2]]
             if match[3] is not None:
-                found[".".join(path)] = match[3]
-    return found
+                values[".".join(path)] = match[3]
+    return values
 
 
 def read_run(folder: Path) -> Run:
     if not any((folder / name).is_file() for name in ("metrics.jsonl", "status.json")):
-        raise NoRunError(f"{folder}: expected a run folder with metrics.jsonl or status.json, got {_instead(folder)}")
+        raise NoRunError(f"{folder}: expected a run folder with metrics.jsonl or status.json, got {_contents(folder)}")
     series, resumes = read_metrics(folder / "metrics.jsonl")
     return Run(
         name=folder.resolve().name,
@@ -155,14 +158,14 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _instead(folder: Path) -> str:
+def _contents(folder: Path) -> str:
     if not folder.is_dir():
         return "a file" if folder.exists() else "nothing there"
-    inside = sorted(path.parent.name for path in folder.glob("*/status.json"))
-    return f"a folder of runs: {', '.join(inside[:5])}" if inside else "a folder without them"
+    runs = sorted(path.parent.name for path in folder.glob("*/status.json"))
+    return f"a folder of runs: {', '.join(runs[:5])}" if runs else "a folder without them"
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- numbers of a series ----------------------------------------------------------------------------------------------
 
 
 def last_of(series: Series) -> float:
@@ -170,8 +173,8 @@ def last_of(series: Series) -> float:
     return float(finite[-1]) if len(finite) else math.nan
 
 
-def lowest(series: Series) -> tuple[float, float]:
-    """(value, step)"""
+def minimum(series: Series) -> tuple[float, float]:
+    """(lowest value, its step)"""
     finite = np.isfinite(series.y)
     if not finite.any():
         return math.nan, math.nan
@@ -184,45 +187,64 @@ def median(series: Series) -> float:
     return float(np.median(finite)) if len(finite) else math.nan
 
 
+def mean_of_end(series: Series) -> float:
+    """The mean of the last 2 % of the values, which noise of single steps moves little."""
+    end = series.y[-max(1, len(series.y) // 50) :]
+    return float(end[np.isfinite(end)].mean()) if np.isfinite(end).any() else last_of(series)
+
+
+def smoothed(series: Series, width: float) -> Series:
+    """An exponential mean to both sides, over about `width` steps, as page.html draws it.
+
+    Both sides, because a mean of the past alone lies above a falling loss. It is divided by the sum of its weights,
+    which keeps it right at both ends; NaN adds nothing.
+    """
+    known = np.isfinite(series.y)
+    values = np.stack([np.where(known, series.y, 0.0), known])  # of the numerator and of the denominator
+    decay = np.exp(-2 * np.diff(series.x) / width)
+    sums = values.copy()
+    for own, factors in ((sums, decay), (backward := values[:, ::-1].copy(), decay[::-1])):
+        for n, factor in enumerate(factors.tolist(), 1):
+            own[:, n] += factor * own[:, n - 1]
+    sums += backward[:, ::-1] - values
+    return Series(series.x, np.where(known, sums[0], np.nan) / np.where(known, sums[1], 1.0))
+
+
+def band(series: Sequence[Series]) -> tuple[Series, np.ndarray]:
+    """(mean over the steps that all have, its standard deviation with n - 1)"""
+    common = series[0].x
+    for other in series[1:]:
+        common = np.intersect1d(common, other.x)
+    values = np.stack([one.y[np.searchsorted(one.x, common)] for one in series])
+    return Series(common, values.mean(0)), values.std(0, ddof=1)
+
+
+# --- numbers of a run -------------------------------------------------------------------------------------------------
+
+
 def steps_done(run: Run) -> int:
     return int(max((s.x[-1] for name, s in run.series.items() if not name.startswith("val/") and len(s.x)), default=0))
 
 
 def tokens_until(run: Run) -> Series:
     """Trained tokens up to each step."""
-    targets = run.of("targets")
+    targets = run.metric("targets")
     return Series(targets.x, np.cumsum(np.nan_to_num(targets.y)))
 
 
-def training_seconds(run: Run) -> float:
-    """Of the steps alone: each interval's tokens over its tokens a second. Evaluations and saves are not in it."""
-    tokens, rate = tokens_until(run), run.of("tokens_per_s")
+def seconds_until(run: Run) -> Series:
+    """Seconds of training up to each step that logs a speed: the tokens of each interval over its tokens per second.
+
+    Evaluations, samples and saves are not in it.
+    """
+    tokens, rate = tokens_until(run), run.metric("tokens_per_s")
     if not len(tokens.x) or not len(rate.x):
-        return math.nan
-    done = tokens.y[np.searchsorted(tokens.x, rate.x, side="right") - 1]
+        return EMPTY
+    done = np.r_[0.0, tokens.y][np.searchsorted(tokens.x, rate.x, side="right")]
     spent = np.diff(np.r_[0.0, done]) / np.where(rate.y > 0, rate.y, np.nan)
-    return float(np.nansum(spent))
+    return Series(rate.x, np.cumsum(np.nan_to_num(spent)))
 
 
-def smoothed(series: Series) -> tuple[Series, int]:
-    """(mean of the last steps, how many): a fiftieth of the run. What is not finite does not count."""
-    width = max(1, len(series.y) // 50)
-    known = np.isfinite(series.y)
-    sums, counts = (np.r_[0.0, np.cumsum(part)] for part in (np.where(known, series.y, 0.0), known))
-    first = np.maximum(np.arange(len(series.y)) + 1 - width, 0)
-    count = counts[1:] - counts[first]
-    with np.errstate(invalid="ignore"):
-        return Series(series.x, np.where(count > 0, (sums[1:] - sums[first]) / count, np.nan)), width
-
-
-def drawable(series: Series) -> bool:
-    return bool(np.isfinite(series.y).any())
-
-
-def spread(series: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(steps that all have, mean, standard deviation with n - 1)"""
-    common = series[0].x
-    for other in series[1:]:
-        common = np.intersect1d(common, other.x)
-    values = np.stack([one.y[np.searchsorted(one.x, common)] for one in series])
-    return common, values.mean(0), values.std(0, ddof=1)
+def final(series: Series) -> float:
+    """The last value of a sum such as `tokens_until`; NaN where nothing was logged."""
+    return float(series.y[-1]) if len(series.y) else math.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import math
 import random
@@ -13,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,9 +24,8 @@ import runs
 
 from nanoqwen import report
 from nanoqwen.errors import run_script
-from nanoqwen.plot import Scale, draw, safe, short, thinned, ticks
 from nanoqwen.routing import RoutingConfig, penalty_weights
-from nanoqwen.run_reader import read_run, rows_of, smoothed
+from nanoqwen.run_reader import Series, band, read_run, rows_of, smoothed
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -102,9 +101,17 @@ class Page(HTMLParser):
             self.text += data
 
     @property
-    def charts(self) -> list[list]:
-        """The data blocks, in order: each a list of [steps, values]."""
-        return [json.loads(text) for text in self.within["script"] if text.startswith("[")]
+    def data(self) -> dict:
+        return json.loads(self.within["script"][0])
+
+    @property
+    def charts(self) -> list[dict]:
+        return [chart for section in self.data["sections"] for chart in section["charts"]]
+
+    @property
+    def curves(self) -> list[list]:
+        """Of each chart, in order, its lines as [steps, values]."""
+        return [[[line["x"], line["y"]] for line in chart["lines"]] for chart in self.charts]
 
 
 def page_of(folder: Path) -> Page:
@@ -118,7 +125,7 @@ def test_the_numbers_of_the_page_are_those_of_the_run(tmp_path: Path):
     run = write_run(tmp_path / "run")
     rows = runs.lines(run / "metrics.jsonl")
     page = page_of(run)
-    (each, validation), rate, norm, bits, speed, *_ = page.charts
+    (each, validation), rate, norm, bits, speed, *_ = page.curves
 
     def column(name: str, digits: int | None = 6) -> list[list]:
         found = [(row["step"], row[name]) for row in rows if name in row]
@@ -137,21 +144,28 @@ def test_the_numbers_of_the_page_are_those_of_the_run(tmp_path: Path):
     assert "12 s320 tokens/s, MFU 25 %" in page.text  # 3,840 tokens at 320 a second
 
 
-def test_smoothing_is_the_mean_of_the_last_steps():
-    series = report.Series(np.arange(1.0, 201.0), np.sin(np.arange(200.0)))
+def smoothed_directly(series: Series, width: float) -> list[float]:
+    """Slow twin: at each step the sum over all others, with weights that fall by the distance."""
+    known = np.isfinite(series.y)
+    weights = np.exp(-2 * np.abs(series.x[:, None] - series.x[None, known]) / width)
+    return (weights @ series.y[known] / weights.sum(1)).tolist()
+
+
+def test_smoothing_is_a_weighted_mean_without_bias_at_the_start():
+    series = Series(np.r_[np.arange(1.0, 101.0), np.arange(110.0, 300.0, 10.0)], np.sin(np.arange(119.0)))
     series.y[20] = math.nan
-    found, width = smoothed(series)
-    assert width == 4
-    for n, value in enumerate(found.y):
-        window = [v for v in series.y[max(0, n - 3) : n + 1] if math.isfinite(v)]
-        assert value == pytest.approx(statistics.mean(window), abs=1e-12)
+    values, expected = smoothed(series, 24).y, smoothed_directly(series, 24)
+    assert math.isnan(values[20])
+    assert np.delete(values, 20).tolist() == pytest.approx(np.delete(expected, 20).tolist(), abs=1e-12)
+    falling = Series(np.arange(1.0, 201.0), np.arange(200.0, 0.0, -1.0))
+    assert smoothed(falling, 24).y[99:101] == pytest.approx(falling.y[99:101], abs=0.01)  # no lag
 
 
 def test_a_spike_of_one_step_stays_visible():
     rng = np.random.default_rng(0)
     x, y = np.arange(50_000.0), rng.normal(size=50_000)
     y[31_234], y[17] = 1e3, math.nan
-    kept = thinned(x, y, 300)
+    kept = report.thinned(x, y, 300)
     assert len(kept) <= 2 * 300 + 2
     assert {0, 31_234, 49_999} <= set(kept.tolist())
     assert 17 not in kept
@@ -163,27 +177,14 @@ def test_a_spike_of_one_step_stays_visible():
         assert {min(inside, key=y.__getitem__), max(inside, key=y.__getitem__)} <= set(kept.tolist())
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (2.9, 7.7), (-3, 40), (1e-9, 3e-9), (0, 123_456_789), (0.997, 1.001)]
-)
-def test_ticks_are_round_and_lie_between_the_ends(low: float, high: float):
-    found = ticks(low, high, 5)
-    assert 3 <= len(found) <= 8
-    slack = (high - low) * 1e-5
-    assert all(low - slack <= value <= high + slack for value in found)
-    step = found[1] - found[0]
-    assert float(f"{step:.6e}"[:8]) in (1, 2, 5)
-    assert np.allclose(np.diff(found), step)
-
-
-def test_ticks_of_decades():
-    assert ticks(0.5, 2e4, 5, log=True) == [1, 10, 100, 1000, 10_000]
-    assert ticks(0.05, 3, 5, log=True) == [0.05, 0.1, 0.2, 0.5, 1, 2]
-
-
-def test_a_logarithmic_scale_is_one():
-    scale = Scale(1.0, 100.0, 0.0, 200.0, log=True)
-    assert float(scale(10.0)) == pytest.approx(100.0)
+def test_what_was_left_out_is_in_the_means_that_are_smoothed():
+    rng = np.random.default_rng(0)
+    x, y = np.arange(1.0, 10_001.0), rng.normal(size=10_000)
+    data = report.line_json(report.Line("l", x, y), 100)
+    assert len(data["x"]) <= 202
+    assert data["mean"][0] == pytest.approx(x.reshape(100, 100).mean(1).tolist(), rel=0.01)
+    assert data["mean"][1] == pytest.approx(y.reshape(100, 100).mean(1).tolist(), abs=0.05)
+    assert "mean" not in report.line_json(report.Line("l", x[:200], y[:200]), 100)
 
 
 @pytest.mark.parametrize(
@@ -192,19 +193,26 @@ def test_a_logarithmic_scale_is_one():
      (0.004, "0.004"), (-0.5, "-0.5"), (99.96, "99.96"), (3e13, "30T"), (math.nan, "n/a"), (math.inf, "n/a")],
 )  # fmt: skip
 def test_numbers_for_a_person(value: float, text: str):
-    assert short(value) == text
+    assert report.short(value, 4) == text
+
+
+def test_steps_stand_for_tokens_and_for_seconds(tmp_path: Path):
+    (axes,) = page_of(write_run(tmp_path / "run")).data["runs"]
+    assert axes["tokens"] == [list(range(61)), [64 * step for step in range(61)]]
+    assert axes["seconds"] == [list(range(0, 61, 5)), list(range(0, 13))]
 
 
 # --- nothing but text, and nothing from elsewhere ---------------------------------------------------------------------
 
-TAGS = {
-    *("html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "h1", "h2", "h3", "p"),
-    *("b", "i", "span", "ul", "li", "dl", "div", "dt", "dd", "figure", "figcaption", "svg", "line", "path", "circle"),
-    *("text", "script", "details", "summary", "pre", "table", "tr", "th", "td"),
+TEMPLATE = report.TEMPLATE.read_text(encoding="utf-8")
+TAGS = set(re.findall(r"<([a-z]\w*)", TEMPLATE)) | {
+    *("h1", "h2", "h3", "p", "b", "span", "dl", "div", "dt", "dd", "section"),
+    *("details", "summary", "pre", "table", "thead", "tbody", "tr", "th", "td"),
 }
+DRAWN = {*("b", "i", "button", "figure", "figcaption", "svg", "line", "path", "circle", "rect", "text"), *TAGS}
 ATTRIBUTES = {
-    *("lang", "charset", "http-equiv", "content", "name", "class", "title", "open", "type", "role", "aria-label"),
-    *("data-x", "viewbox", "x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "d", "text-anchor"),
+    *("lang", "charset", "http-equiv", "content", "name", "class", "title", "open", "type", "id", "hidden", "max"),
+    *("value", "data-head", "data-value"),
 }
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -216,8 +224,10 @@ def assert_inert(text: str) -> Page:
     assert {name for _, name, _ in page.attributes} <= ATTRIBUTES
     assert not UNSEEN.search(text)
     assert not re.search(r"url\(|@import|expression\(|javascript:(?!alert\(3\))", text, re.IGNORECASE)
-    for block in page.within["script"][:-1]:
-        json.loads(block)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", TEMPLATE)
+    assert len(page.within["script"]) == 2  # the data and the program
+    assert not re.search("[<\u2028\u2029]", page.within["script"][0])
+    assert not UNSEEN.search(json.dumps(page.data, ensure_ascii=False))
     policy = next(v for tag, name, v in page.attributes if tag == "meta" and name == "content" and "default-src" in v)
     for kind in ("script", "style"):
         digest = base64.b64encode(hashlib.sha256(page.within[kind][-1].encode()).digest()).decode()
@@ -249,21 +259,30 @@ def test_s07_hostile_text_stays_text_wherever_it_stands(tmp_path: Path):
     name = "<script>alert(1)<∕script>\"><img onerror='x'>\u202e]]>"
     run = write_hostile(tmp_path / name)
     page = assert_inert(report.html_of(read_run(run)).encode("utf-8", "backslashreplace").decode())
-    shown = safe(HOSTILE).encode("utf-8", "backslashreplace").decode()
-    assert page.text.count(Page(shown).text) >= 15  # it is there, to be read
+    shown = report.printable(HOSTILE)
+    assert page.text.count(shown) >= 15  # it is there, to be read
+    assert shown in [chart["title"] for chart in page.charts]
     assert_inert(report.comparison([read_run(run), read_run(run)]))
-    ElementTree.fromstring(report.picture(read_run(run)))
+
+
+def test_text_that_looks_like_a_blank_of_the_template_is_text(tmp_path: Path):
+    run = write_run(tmp_path / "{{data}}")
+    (run / "status.json").write_text(json.dumps({"status": "failed", "code": 1, "reason": "{{policy}} \u2028 <!--"}))
+    page = assert_inert(report.html_of(read_run(run)))
+    assert "{{data}}failed" in page.text
+    assert "exit code 1: {{policy}} \\u2028 <!--" in page.text
 
 
 def test_an_ordinary_page_loads_nothing(tmp_path: Path):
     page = assert_inert(report.html_of(read_run(write_run(tmp_path / "run"))))
     assert len(page.charts) == 7
+    assert page.text.index("Configuration") > page.text.index("need JavaScript")  # numbers and tables stand without it
     assert "no-referrer" in [value for _, _, value in page.attributes]
 
 
 def test_letters_of_the_world_are_left_alone():
     text = "日本語 עברית العربية 👩\u200d👧 é e\u0301\n\tx"
-    assert safe(text) == text
+    assert report.printable(text) == text
 
 
 def test_the_same_folder_gives_the_same_bytes(tmp_path: Path):
@@ -302,9 +321,8 @@ def test_what_is_torn_missing_or_null_is_left_out(tmp_path: Path):
     with (run / "samples.jsonl").open("ab") as file:
         file.write(b'{"step": 9}\n{"step": 9, "text": 5}\n{"step": 20, "te')
     page = page_of(run)
-    assert page.charts[0][0][0] == list(range(1, 21))
-    assert "step 21: not finite, skipped" in page.text
-    assert "gone on after step 21" in page.text
+    assert page.curves[0][0][0] == list(range(1, 21))
+    assert page.charts[0]["marks"] == [[21, "step 21: not finite, skipped"], [21, "resumed after step 21"]]
     for name in ("samples.jsonl", "config.yaml", "source.json", "status.json", "metrics.jsonl"):
         (run / name).unlink()
         (run / "status.json").touch()  # which alone makes it a run, one that has not come far
@@ -328,14 +346,13 @@ def test_whatever_the_numbers_there_is_a_page(tmp_path: Path, seed: int):
     page = assert_inert(report.html_of(read_run(run)))
     assert not re.search(r"\b(nan|inf)\b", " ".join(str(v) for _, _, v in page.attributes), re.IGNORECASE)
     assert_inert(report.comparison([read_run(run), read_run(run)]))
-    ElementTree.fromstring(report.picture(read_run(run)))
 
 
 def test_of_a_step_that_stands_twice_the_later_row_counts(tmp_path: Path):
     run = write_run(tmp_path / "run", steps=9)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(step_row(5, loss=9.5)) + "\n")
-    steps, losses = page_of(run).charts[0][0]
+    steps, losses = page_of(run).curves[0][0]
     assert steps == list(range(1, 10))
     assert losses[4] == 9.5
 
@@ -382,15 +399,30 @@ def test_the_command_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureF
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
     report.main([str(a)])
     report.main([str(a), "--output", str(tmp_path / "x.html")])
-    report.main([str(a), "--svg", str(tmp_path / "x.svg")])
     report.main(["compare", str(a), str(b), "--output", str(tmp_path / "c.html")])
     assert capsys.readouterr().out.split() == [
-        word for path in (a / "report.html", tmp_path / "x.html", tmp_path / "x.svg", tmp_path / "c.html")
+        word for path in (a / "report.html", tmp_path / "x.html", tmp_path / "c.html")
         for word in ("wrote", str(path))
     ]  # fmt: skip
     assert (a / "report.html").read_bytes() == (tmp_path / "x.html").read_bytes()
-    assert len((tmp_path / "x.svg").read_bytes()) < 60_000
-    assert ElementTree.parse(tmp_path / "x.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, pages = write_run(tmp_path / "run"), []
+    done, running = (run / "status.json").read_text(), '{"status": "running", "code": 0, "reason": ""}'
+    (run / "status.json").write_text(running)
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 3
+        pages.append((run / "report.html").read_text())
+        (run / "status.json").write_text(running if len(pages) < 2 else done)
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    report.main([str(run), "--watch", "3"])
+    refresh = '<meta http-equiv="refresh" content="3">'
+    assert [text.count(refresh) for text in pages] == [1, 1]
+    assert 'http-equiv="refresh"' not in (run / "report.html").read_text()  # it has ended
+    assert (run / "report.html").read_text() == report.html_of(read_run(run))
 
 
 def test_a_file_that_cannot_be_written_is_one_line_and_code_6(tmp_path: Path, monkeypatch, capsys):
@@ -437,9 +469,9 @@ def test_unknown_metrics_are_drawn_too(tmp_path: Path):
     run = write_run(tmp_path / "run")
     write_rows(run / "metrics.jsonl", [step_row(step, **{"weather/rain": step / 2}) for step in range(1, 9)])
     page = page_of(run)
-    assert "1 other figures" in page.text or "other figure" in page.text
-    assert "weather/rain" in page.text
-    assert [list(range(1, 9)), [step / 2 for step in range(1, 9)]] in page.charts[-1]
+    assert page.data["sections"][-1]["title"] == "Other metrics"
+    assert page.charts[-1]["title"] == "weather/rain"
+    assert page.curves[-1] == [[list(range(1, 9)), [step / 2 for step in range(1, 9)]]]
 
 
 def test_every_penalty_of_a_router_has_its_curve():
@@ -448,15 +480,13 @@ def test_every_penalty_of_a_router_has_its_curve():
         assert {f"train/{name}" for name in penalty_weights(RoutingConfig(kind=kind))} <= drawn
 
 
-def test_a_band_and_a_gap_are_drawn():
+def test_a_band_and_a_gap_are_in_the_data():
     x = np.arange(6.0)
     y = np.array([1.0, 2.0, math.nan, 4.0, math.nan, 6.0])
-    line = report.Line("l", x, y, low=y - 1, high=y + 1)
-    drawn = draw(report.Chart("t", "", [line]), 400, 200)
-    path = re.search(r'class="line c0" d="([^"]*)"', drawn)[1]
-    assert path.count("M") == 3  # three pieces
-    assert path.count("h0") == 2  # two of which are points
-    assert 'class="band c0"' in drawn
+    data = report.line_json(report.Line("l", x, y, deviation=np.full(6, 0.5)), 100)
+    assert data["y"] == [1, 2, None, 4, None, 6]
+    assert data["low"] == [0.5, 1.5, None, 3.5, None, 5.5]
+    assert data["high"] == [1.5, 2.5, None, 4.5, None, 6.5]
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------
@@ -466,13 +496,16 @@ def test_runs_that_differ_in_their_seed_become_mean_and_deviation(tmp_path: Path
     seeds = [read_run(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in (1, 2, 4)]
     other = read_run(write_run(tmp_path / "other", seed=1, **{"train.lr": "0.5"}))
     page = assert_inert(report.comparison([*seeds, other]))
-    chart = page.charts[0]
-    assert len(chart) == 2  # the group, and the run that differs in more
+    chart = page.charts[0]["lines"]
+    assert [line["name"] for line in chart] == ["lr 0.001 (3 seeds)", "other"]  # which differs in more
     expected = [
         statistics.mean(2.5 + 1 / step + seed / 100 for seed in (1, 2, 4)) for step in range(10, 61, 10)
     ]  # fmt: skip
-    assert chart[0][0] == list(range(10, 61, 10))
-    assert chart[0][1] == pytest.approx(expected, abs=1e-12)
+    assert chart[0]["x"] == list(range(10, 61, 10))
+    assert chart[0]["y"] == pytest.approx(expected, abs=1e-12)
+    sd = statistics.stdev((0.01, 0.02, 0.04))
+    assert chart[0]["low"] == pytest.approx([value - sd for value in expected], abs=1e-12)
+    assert chart[0]["high"] == pytest.approx([value + sd for value in expected], abs=1e-12)
     finals = [2.5 + 1 / 60 + seed / 100 for seed in (1, 2, 4)]
     assert f"{statistics.mean(finals):.5g}\u00a0±\u00a0{statistics.stdev(finals):.2g}" in page.text
     assert "run.seed1241" in page.text
@@ -483,7 +516,7 @@ def test_runs_that_differ_in_their_seed_become_mean_and_deviation(tmp_path: Path
 def test_the_same_seed_twice_is_no_second_seed(tmp_path: Path):
     """Two runs of one configuration on two commits are a comparison of the code, and its result would be averaged."""
     same = [read_run(write_run(tmp_path / name / "base", seed=1)) for name in ("a", "b")]
-    assert len(assert_inert(report.comparison(same)).charts[0]) == 2
+    assert len(assert_inert(report.comparison(same)).charts[0]["lines"]) == 2
     source = json.loads((tmp_path / "b" / "base" / "source.json").read_text())
     (tmp_path / "b" / "base" / "source.json").write_text(json.dumps(source | {"commit": "f" * 40}))
     other = [same[0], read_run(tmp_path / "b" / "base"), read_run(write_run(tmp_path / "c", seed=2))]
@@ -494,13 +527,13 @@ def test_the_same_seed_twice_is_no_second_seed(tmp_path: Path):
 def test_keys_that_the_script_does_not_read_are_not_shown(tmp_path: Path):
     run = read_run(write_run(tmp_path / "run", **{"lora.rank": "7", "train.lr": "0.5"}))
     assert run.section == "train"
-    assert "lora.rank" not in report.used(run)
-    assert report.used(run)["train.lr"] == "0.5"
+    assert "lora.rank" not in report.used_settings(run)
+    assert report.used_settings(run)["train.lr"] == "0.5"
 
 
 def test_runs_of_unequal_length_are_averaged_where_all_have_a_value(tmp_path: Path):
-    series = [read_run(write_run(tmp_path / str(n), steps=n, seed=n)).of("val/loss") for n in (20, 40)]
-    steps, mean, sd = report.spread(series)
+    series = [read_run(write_run(tmp_path / str(n), steps=n, seed=n)).metric("val/loss") for n in (20, 40)]
+    (steps, mean), sd = band(series)
     assert steps.tolist() == [10, 20]
     pairs = [[s.y[n] for s in series] for n in range(2)]
     assert mean.tolist() == pytest.approx([statistics.mean(pair) for pair in pairs], abs=1e-12)
@@ -515,7 +548,7 @@ def test_a_run_ends_with_its_report(reference: Path):
     assert text == report.html_of(read_run(reference))
     page = assert_inert(text)
     rows = runs.rows(reference)
-    assert page.charts[0][0] == [[r["step"] for r in rows], [float(f"{r['loss']:.6g}") for r in rows]]
+    assert page.curves[0][0] == [[r["step"] for r in rows], [float(f"{r['loss']:.6g}") for r in rows]]
     assert all(row["memory_mb"] > 10 for row in rows)  # it is a line at each step of this run
     assert json.loads((reference / "source.json").read_text())["device"] in page.text
 
@@ -554,7 +587,7 @@ def test_samples_of_a_routed_run_say_what_computed_each_token(corpus: Path, star
     page = Page((run / "report.html").read_text())
     shades = [int(v) for tag, name, value in page.attributes if (tag, name) == ("span", "title") for v in value[:1]]
     assert shades[2 : 2 + len(counts)] == list(counts)  # after the legend's 0 and 1
-    assert "Thresholds" in page.text
+    assert "Thresholds" in [chart["title"] for chart in page.charts]
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -589,32 +622,122 @@ def test_a_browser_has_nothing_to_complain_about_and_asks_nobody(made, tmp_path:
     dom, console = browse(tmp_path, run / "report.html")
     assert console == ""
     assert "<figure" in dom
-    assert Page(dom).tags <= TAGS | {"tbody"}
+    assert Page(dom).tags <= DRAWN
     assert asked_of(tmp_path) == set()
     (tmp_path / "control.html").write_text('<img src="https://elsewhere.example/x.png">')  # would it be seen?
     browse(tmp_path, tmp_path / "control.html")
     assert asked_of(tmp_path) == {"elsewhere.example"}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_script_of_the_page_tells_the_value_under_the_pointer(tmp_path: Path):
-    """The page itself must not be changed for it: a second script has a hash of its own."""
-    run = write_run(tmp_path / "run")
-    text = report.html_of(read_run(run))
-    script = """
-      const svg = [...document.querySelectorAll("figure")][1].querySelector("svg"), box = svg.getBoundingClientRect();
-      const [left, right, low, high] = svg.dataset.x.split(" ").map(Number);
-      const x = box.left + (left + (30 - low) / (high - low) * (right - left)) * box.width / 400;
-      svg.dispatchEvent(new PointerEvent("pointermove", {clientX: x, clientY: box.top + 9}));
-    """
+def scripted(folder: Path, text: str, script: str) -> tuple[dict, str]:
+    """(what `script` puts into `answers` in the page, the document afterwards). It has a hash of its own."""
+    script = f"{{ const answers = {{}}; {script}; document.title = JSON.stringify(answers); }}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = text.replace("script-src ", f"script-src 'sha256-{digest}' ").replace(
         "</body>", f"<script>{script}</script></body>"
     )
-    (tmp_path / "x.html").write_text(text)
-    dom, console = browse(tmp_path, tmp_path / "x.html")
+    (folder / "x.html").write_text(text)
+    dom, console = browse(folder, folder / "x.html")
     assert console == ""
-    figure = dom.split("<figure")[2]
-    assert '<span class="at">step 30</span>' in figure
-    assert f"rate <b>{1e-3 / 30:.4e}</b>".replace("e-05", "e-5") in figure or "<b>0.000033333</b>" in figure
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1])), dom
+
+
+HELPERS = """
+  const frame = () => charts.forEach(draw); // a browser without a window need not draw any
+  const at = (chart, x) => chart.plot.getBoundingClientRect().left + chart.left + chart.sx(x);
+  const point = (chart, kind, x, y = 90) => chart.plot.dispatchEvent(new PointerEvent(kind, {button: 0, bubbles: true,
+    pointerId: 1, clientX: at(chart, x), clientY: chart.plot.getBoundingClientRect().top + y}));
+  const set = (name, value) => { controls[name].value = value; controls[name].dispatchEvent(new Event("input",
+    {bubbles: true})); };
+  Element.prototype.setPointerCapture = () => {};
+  frame();
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_shows_values_zooms_hides_and_changes_its_axes(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    answers, dom = scripted(tmp_path, report.html_of(read_run(run)), HELPERS + """
+      const [loss, rate] = charts, button = document.querySelector(".legend button");
+      point(rate, "pointermove", 30); answers.tip = rate.plot.querySelector(".tip").textContent;
+      point(loss, "pointerdown", 20); point(loss, "pointermove", 40); point(loss, "pointerup", 40); frame();
+      answers.zoom = [loss.range.x, rate.range.x, controls.reset.hidden];
+      loss.plot.dispatchEvent(new MouseEvent("dblclick")); frame();
+      answers.full = [loss.range.x, controls.reset.hidden];
+      button.click(); frame(); answers.hidden = loss.curves.map(curve => curve.line.name);
+      button.click(); frame(); answers.back = loss.curves.map(curve => curve.line.name);
+      set("axis", "tokens"); frame(); answers.tokens = loss.curves[1].x;
+      set("axis", "seconds"); frame(); answers.seconds = loss.curves[1].x;
+      answers.label = [...loss.plot.querySelectorAll("text")].at(-1).textContent;
+      set("axis", "step"); set("logy", "linear"); frame(); answers.linear = loss.range.log;
+      set("logy", "log"); controls.logx.click(); frame(); answers.log = [rate.range.log, rate.range.x[0]];
+      answers.middle = (rate.sx(10) - rate.sx(1)) / (rate.sx(100) - rate.sx(10))
+    """)  # fmt: skip
+    assert answers["tip"].startswith("step 30 · 1,920 tokens · 6 s")
+    assert answers["tip"].endswith("rate 3.33333e-5")
+    assert answers["zoom"][0] == pytest.approx([20, 40], abs=0.5)
+    assert answers["zoom"][1:] == [answers["zoom"][0], False]
+    assert answers["full"] == [[0, 60], True]
+    assert (answers["hidden"], answers["back"]) == (["validation"], ["train", "validation"])
+    assert answers["tokens"] == [640 * n for n in range(1, 7)]
+    assert answers["seconds"] == pytest.approx([2 * n for n in range(1, 7)])
+    assert answers["label"] == "training time (s)"
+    assert (answers["linear"], answers["log"]) == (False, [True, 1])
+    assert answers["middle"] == pytest.approx(1)
+    assert "<figure" in dom
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_numbers_that_the_script_makes_are_right(tmp_path: Path):
+    """Smoothing against its twin in Python, which is held against a direct sum; ticks; numbers; order of a table."""
+    runs_of = [read_run(write_run(tmp_path / f"r{seed}", seed=seed, steps=60 + seed)) for seed in (3, 1, 2)]
+    ends = [[0, 1], [2.9, 7.7], [-3, 40], [1e-9, 3e-9], [0, 123_456_789], [0.997, 1.001]]
+    values = [0, 3.73036, 1234, 12_345, 1_228_800, 4e-4, 0.004, -0.5, 99.96, 3e13]
+    answers, _ = scripted(tmp_path, report.comparison(runs_of), HELPERS + f"""
+      answers.ticks = {ends}.map(([low, high]) => ticks(low, high, 5));
+      answers.decades = [ticks(0.5, 2e4, 5, true), ticks(0.05, 3, 5, true)];
+      answers.short = {values}.map(value => short(value, 4));
+      answers.labels = labels([0, 0.0005, 0.001, 0.0015]);
+      const line = charts[1].lines[0]; answers.line = [line.x, line.y];
+      answers.smooth = smooth(answers.line, 24)[1];
+      const table = [...document.querySelectorAll("table.sortable")].at(-1), loss = table.querySelectorAll("button")[2];
+      const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+      loss.click(); answers.rising = names(); loss.click(); answers.falling = names()
+    """)  # fmt: skip
+    for (low, high), found in zip(ends, answers["ticks"], strict=True):
+        assert 3 <= len(found) <= 8
+        slack = (high - low) * 1e-5
+        assert all(low - slack <= value <= high + slack for value in found)
+        assert float(f"{found[1] - found[0]:.6e}"[:8]) in (1, 2, 5)
+        assert np.allclose(np.diff(found), found[1] - found[0])
+    assert answers["decades"] == [[1, 10, 100, 1000, 10_000], [0.05, 0.1, 0.2, 0.5, 1, 2]]
+    assert answers["short"] == [report.short(value, 4) for value in values]
+    assert answers["labels"] == ["0", "5e-4", "1e-3", "1.5e-3"]
+    series = Series(*(np.array(column, float) for column in answers["line"]))
+    assert answers["smooth"] == pytest.approx(smoothed(series, 24).y.tolist(), abs=1e-12)
+    assert answers["rising"] == ["r1", "r2", "r3"]
+    assert answers["falling"] == ["r3", "r2", "r1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_scrolls_sideways(tmp_path: Path, width: int):
+    """In a frame of that width, for no window of Chromium is as narrow as a phone."""
+    run = write_run(tmp_path / "run", **{"data.train": json.dumps(["/a/long/path" * 9])})
+    texts = [report.html_of(read_run(run)), report.comparison([read_run(run), read_run(write_hostile(tmp_path / "h"))])]
+    for text in texts:
+        inner = html.escape(text.encode("utf-8", "backslashreplace").decode())
+        frame = f'<title></title><body><iframe srcdoc="{inner}" width="{width}" height="900"></iframe></body>'
+        answers, _ = scripted(tmp_path, frame, """
+          const inside = document.querySelector("iframe");
+          inside.onload = () => {
+            const page = inside.contentDocument.documentElement;
+            answers.scroll = page.scrollWidth; answers.width = page.clientWidth;
+            answers.figures = page.querySelectorAll("figure").length; document.title = JSON.stringify(answers);
+          }
+        """)  # fmt: skip
+        assert answers["figures"] > 5
+        assert answers["scroll"] <= answers["width"]
