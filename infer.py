@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from model import RequestError, generate, stream
+from model import RequestError, Sampling, generate, stream
 from nanoqwen.config import Config, check, load_config
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, escape_terminal, run_script, say
@@ -91,11 +90,11 @@ class Session:
         say(f"{source}: {size / 1e6:.1f} M parameters on {device} in {name} ({reason}), "
             f"loaded in {time.perf_counter() - started:.1f} s")  # fmt: skip
         vocab = self.model.cfg.vocab_size
-        self.known: dict[str, Any] = {  # beside what cfg.infer asks for
-            "eos": tokenizer.stop_ids,
-            "banned": range(tokenizer.n_vocab, vocab),  # rows of the embedding that pad it to a round size
-            "seed": cfg.run.seed,
-        }
+        self.sampling: Sampling = self.infer.for_request(
+            eos=tokenizer.stop_ids,
+            banned=range(tokenizer.n_vocab, vocab),  # rows of the embedding that pad it to a round size
+            seed=cfg.run.seed,
+        )
         self.cache_dtype = None if self.infer.cache_dtype == "auto" else getattr(torch, self.infer.cache_dtype)
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -112,15 +111,15 @@ class Session:
     def pieces(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
         """(row, printable text) as the rows are made; beams come as wholes. Leaves the speed in `self.note`."""
         started, made = time.perf_counter(), 0
-        arguments = self.known | {"cache_dtype": self.cache_dtype}
         decoders = [StreamDecoder(self.tokenizer, self.infer.stop) for _ in prompts]
-        if self.infer.num_beams > 1:
-            for row, ids in enumerate(generate(self.model, prompts, self.infer, **arguments)):
+        if self.sampling.num_beams > 1:
+            for row, ids in enumerate(generate(self.model, prompts, self.sampling, cache_dtype=self.cache_dtype)):
                 new = ids[len(prompts[row]) :]
                 made += len(new)
                 yield row, decoders[row].feed(new)
         else:
-            for event in stream(self.model, prompts, self.infer, decode=self.tokenizer.decode, **arguments):
+            decode = self.tokenizer.decode
+            for event in stream(self.model, prompts, self.sampling, decode=decode, cache_dtype=self.cache_dtype):
                 made += 1
                 yield event.row, decoders[event.row].feed([event.token])
         yield from ((row, decoder.flush()) for row, decoder in enumerate(decoders))
@@ -176,7 +175,7 @@ def show_routing(session: Session, prompts: list[str]) -> None:
         raise ConfigError("infer.show_routing: expected a model with routed layers, got a dense one")
     for prompt in prompts:
         start = session.prompt_ids(prompt)
-        (ids,) = generate(session.model, [start], session.infer, decode=session.tokenizer.decode, **session.known)
+        (ids,) = generate(session.model, [start], session.sampling, decode=session.tokenizer.decode)
         counts = tokens_used(session.model, ids)
         pieces = [piece for piece in zip(pieces_of(session.tokenizer, ids), counts, strict=True) if piece[0]]
         sys.stdout.write(shaded(pieces, layers, colour) + "\n")
@@ -224,7 +223,7 @@ def answer(session: Session, turns: list[dict[str, str]]) -> str:
 
 def forget_oldest(session: Session, turns: list[dict[str, str]]) -> list[dict[str, str]]:
     """Drop questions with their answers from the front until the rest leaves room for an answer."""
-    room = session.model.cfg.context - session.infer.max_new_tokens
+    room = session.model.cfg.context - session.sampling.max_new_tokens
     kept = turns
     while len(kept) > 1 and len(session.conversation_ids(kept)) > room:
         kept = kept[2:]

@@ -1053,6 +1053,10 @@ class SamplingOptions:
         _require(not (beams and self.stop), f"stop and num_beams ({self.num_beams}) cannot be combined")
         _require(not (beams and self.overflow == "slide"), "overflow: slide and num_beams cannot be combined")
 
+    def for_request(self, **known: Any) -> Sampling:
+        """These options, beside what only the caller knows."""
+        return Sampling(**{field.name: getattr(self, field.name) for field in fields(SamplingOptions)}, **known)
+
 
 @dataclass(frozen=True)
 class Sampling(SamplingOptions):
@@ -1067,12 +1071,6 @@ class Sampling(SamplingOptions):
         object.__setattr__(self, "eos", eos)
         object.__setattr__(self, "banned", tuple(self.banned))
         super().__post_init__()
-
-
-def with_options(options: SamplingOptions | None, params: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `options` as parameters, under those that are given by name."""
-    chosen = {} if options is None else {field.name: getattr(options, field.name) for field in fields(SamplingOptions)}
-    return chosen | params
 
 
 def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, how: Sampling) -> Tensor:
@@ -1284,7 +1282,7 @@ def _streams(rows: Sequence[Sequence[int]], seed: int | None) -> list[random.Ran
 def stream(
     model: GPT,
     prompts: Sequence[Sequence[int]] | Tensor,
-    options: SamplingOptions | None = None,
+    sampling: Sampling | None = None,
     *,
     decode: Callable[[list[int]], str] | None = None,
     attn_mask: Tensor | MaskRule | None = None,
@@ -1292,13 +1290,13 @@ def stream(
     use_cache: bool = True,
     **params: Any,
 ) -> Iterator[Event]:
-    """Yield an Event for every new token, step by step, row by row. `options` and `params` are the fields of Sampling.
+    """Yield an Event for every new token, step by step, row by row. `params` replace fields of `sampling`.
 
     decode     ids -> text; stop strings need it. The tokens of a stop string are yielded too; `generate` cuts them
     attn_mask  as in GPT.forward; it must cover prompt and new tokens
     use_cache  False recomputes the whole row for every token: the slow twin
     """
-    how = Sampling(**with_options(options, params))
+    how = replace(sampling or Sampling(), **params)
     _require(how.num_beams == 1, "beams cannot be streamed: a beam may still lose to another")
     _require(decode is not None or not how.stop, "stop strings need decode=")
     _require(attn_mask is None or how.overflow != "slide", "overflow: slide moves positions under a custom attn_mask")
@@ -1350,13 +1348,13 @@ def _finish(row: list[int], prompt_length: int, how: Sampling, context: int, dec
 
 
 def generate(
-    model: GPT, prompts: Sequence[Sequence[int]] | Tensor, options: SamplingOptions | None = None, **params: Any
+    model: GPT, prompts: Sequence[Sequence[int]] | Tensor, sampling: Sampling | None = None, **params: Any
 ) -> list[list[int]]:
     """Rows of ids, prompt and continuation, each of its own length (`pad_rows` makes a tensor of them).
 
     Takes what `stream` takes. With num_beams > 1 the best beam of each row. eos is part of a row, a stop string is not.
     """
-    rows, params = [[int(i) for i in row] for row in prompts], with_options(options, params)
+    rows, params = [[int(i) for i in row] for row in prompts], vars(sampling or Sampling()) | params
     if params.get("num_beams", 1) > 1:
         params.pop("decode", None)  # only stop strings need it
         return [beams[0].ids for beams in beam_search(model, rows, **params)]
@@ -1387,19 +1385,19 @@ class Beam(NamedTuple):
 def beam_search(
     model: GPT,
     prompts: Sequence[Sequence[int]] | Tensor,
-    options: SamplingOptions | None = None,
+    sampling: Sampling | None = None,
     *,
     attn_mask: Tensor | MaskRule | None = None,
     cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
     **params: Any,
 ) -> list[list[Beam]]:
-    """The finished hypotheses of each prompt, best first. `options` and `params` are the fields of Sampling.
+    """The finished hypotheses of each prompt, best first. `params` replace fields of `sampling`.
 
     Each step looks at the best candidates over beams x vocabulary: so many that `num_beams` of them can go on even if
     the rest are eos. A candidate that ends (by eos or by length) is pooled if it ranks within the first `num_beams`.
     """
-    how = Sampling(**with_options(options, params))
+    how = replace(sampling or Sampling(), **params)
     prompts = _checked_prompts(model, prompts, how)
     request = _Request(model, prompts, how, attn_mask, cache_dtype, use_cache)
     limits = [min(how.max_new_tokens, model.cfg.context - len(prompt)) for prompt in prompts]

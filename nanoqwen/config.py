@@ -210,19 +210,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
+    """Its own values for the keys of TrainConfig are in config.yaml alone."""
+
     base_ckpt: str | None = None
     objective: Literal["sft", "contrast"] = "sft"
     show_data: bool = False
-    steps: Size = 400
-    seq_len: Size = 256
-    batch_tokens: Size = 2048
-    lr: Positive = 2e-3
-    schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "plateau"
-    weight_decay: NonNegative = 0.0
-    warmup_steps: Count = 20
-    eval_every: Size = 50
-    log_every: Size = 20
-    patience: Count = 6
 
 
 @dataclass(frozen=True)
@@ -688,6 +680,7 @@ def _walk(hint: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 def help_text(section: str, usage: str | None = None, everything: bool = False) -> str:
     """The keys of the script's section and of `run`, else of all sections: type, bound, default and comment."""
     entries, presets = _documented()
+    places = {path: place for place, path in enumerate(entries)}  # what finetune takes over from train comes last
     sections = sorted(field_types(Config), key=lambda name: (name != section, name != "run"))
     shown = sections if everything else [name for name in sections if name in (section, "run")]
     text = [
@@ -700,7 +693,8 @@ def help_text(section: str, usage: str | None = None, everything: bool = False) 
         text += ["--help all also shows the presets, and these sections:", "  " + " ".join(sections[len(shown) :])]
     for name in shown:
         text += ["", f"{name}: {entries[name,][1]}"]
-        for path, hint in sorted(_walk(field_types(Config)[name], (name,)), key=lambda key: _place(key[0], entries)):
+        keys = _walk(field_types(Config)[name], (name,))
+        for path, hint in sorted(keys, key=lambda key: places.get(key[0][:2], len(places))):
             default, comment = entries.get(path) or entries.get(("train", *path[1:]), ("", ""))
             option = f"--{'.'.join(path[name == section :])} {describe(hint)}" + (default and f" = {default}")
             text += _columns(option, comment)
@@ -712,15 +706,10 @@ def help_text(section: str, usage: str | None = None, everything: bool = False) 
 def _columns(option: str, comment: str) -> list[str]:
     """An option, and its comment in a column of its own."""
     left = textwrap.wrap(option, HELP_WIDTH, initial_indent="  ", subsequent_indent="      ")
-    right = textwrap.wrap(comment, HELP_WIDTH - HELP_COLUMN)
+    right = textwrap.wrap(comment, HELP_WIDTH - HELP_COLUMN, break_on_hyphens=False)
     if right and len(left[-1]) < HELP_COLUMN - 1:
         left[-1] = f"{left[-1]:<{HELP_COLUMN}}{right.pop(0)}"
     return left + [" " * HELP_COLUMN + line for line in right]
-
-
-def _place(path: tuple[str, ...], entries: Mapping[tuple[str, ...], Any]) -> int:
-    """Where a key stands in config.yaml; what finetune takes over from train comes last."""
-    return next((number for number, entry in enumerate(entries) if entry == path[:2]), len(entries))
 
 
 def _documented() -> tuple[dict[tuple[str, ...], tuple[str, str]], dict[str, str]]:

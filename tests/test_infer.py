@@ -306,7 +306,7 @@ def test_control_tokens_in_a_prompt_need_permission(folder: Path):
 
 def test_padding_of_the_vocabulary_is_never_sampled(folder: Path):
     session = infer.Session(load_config([f"--ckpt={folder}", "--prompt=x", "--temperature=5", "--top_p=1"], "infer"))
-    assert session.known["banned"] == range(session.tokenizer.n_vocab, 320)
+    assert session.sampling.banned == tuple(range(session.tokenizer.n_vocab, 320))
 
 
 def test_prompts_are_read_before_the_model(tmp_path: Path):
