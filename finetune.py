@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from nanoqwen.config import Config, ContrastConfig, FinetuneConfig, check, check
 from nanoqwen.corpus import prepare
 from nanoqwen.distributed import World, ranks, start, stop, total, unwrapped, whole
 from nanoqwen.errors import ConfigError, DataError, ResumeError, run_script, say
-from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, figures, loss_of, represent
+from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, figures, infonce, represent
 from nanoqwen.injection.score import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
 from nanoqwen.injection.triplets import (
     Tokenised,
@@ -205,7 +206,7 @@ class Contrast(LanguageModeling):
     ):
         super().__init__(model, penalties)
         self.head, self.world, self.weight = head, world, cfg.weight
-        self.loss = loss_of(cfg.loss, cfg.temperature, (cfg.margin_benign, cfg.margin_injection))
+        self.loss = partial(infonce, temperature=cfg.temperature)
 
     @torch.no_grad()
     def across(self, micros: list[Micro], wrapped: nn.Module) -> list[Micro]:

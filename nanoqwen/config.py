@@ -122,11 +122,8 @@ class ContrastConfig:
     split: str = "train"
     max_bad_rows: Count = 0
     limit: Count = 0
-    loss: Literal["infonce", "margin", "linear"] = "infonce"
     weight: NonNegative = 0.1
     temperature: Positive = 0.07
-    margin_benign: Annotated[float, Bound(-1, 1)] = 0.9
-    margin_injection: Annotated[float, Bound(-1, 1)] = 0.2
     head_size: Size = 256
     weight_benign: NonNegative = 1.0
     weight_cf: NonNegative = 0.5
