@@ -62,12 +62,17 @@ def weighted(source: str) -> tuple[str, float | None]:
         return source, None
 
 
-def check_unweighted(train: tuple[str, ...], val: tuple[str, ...]) -> None:
+def refuse_weights(field: str, sources: tuple[str, ...]) -> None:
+    with_weight = next((source for source in sources if weighted(source)[1] is not None), None)
+    require(with_weight is None, field, "sources without weights", with_weight)
+
+
+def check_sources(train: tuple[str, ...], val: tuple[str, ...]) -> None:
     """Of sections whose sources are not a mixture."""
     require(train and all(train), "train", "at least one source", train)
     require(all(val), "val", "sources", val)
-    with_weight = next((name for name in (*train, *val) if weighted(name)[1] is not None), None)
-    require(with_weight is None, "train", "sources without weights", with_weight)
+    refuse_weights("train", train)
+    refuse_weights("val", val)
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,7 @@ class DataConfig:
         mixed = len({weight is None for weight in weights}) > 1
         require(not mixed, "train", "a weight for each source or none", self.train)
         require(len(weights) <= 32 or weights[0] is None, "train", "at most 32 weighted sources", len(weights))
-        with_weight = next((name for name in self.val if weighted(name)[1] is not None), None)
-        require(with_weight is None, "val", "sources without weights", with_weight)
+        refuse_weights("val", self.val)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_unweighted(self.train, self.val)
+        check_sources(self.train, self.val)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class ContrastConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_unweighted(self.train, self.val)
+        check_sources(self.train, self.val)
         require(sum(self.stream_weights) > 0, "weight_benign", "a weight above 0", 0)
 
     @property
@@ -514,7 +518,7 @@ def _compose(text: str, name: str) -> yaml.Node:
 def _read_mapping(node: yaml.Node, hints: dict[str, Any], path: str, file: str, other: Any = None) -> dict[str, Any]:
     """Typed values of a mapping whose keys are those of `hints`, or any key where there is a type for `other`."""
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{_at(node, path, file)}: expected a mapping, got {_shown(node)}")
+        raise ConfigError(f"{_at(node, path, file)}: expected mapping, got {_shown(node)}")
     values: dict[str, Any] = {}
     for key, child in node.value:
         if not isinstance(key, yaml.ScalarNode):

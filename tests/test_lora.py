@@ -366,10 +366,9 @@ def test_targets_may_name_one_layer():
 
 @pytest.mark.parametrize(
     "values",
-    [{"rank": -1}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": 1.0}, {"dropout": -0.1}, {"targets": ()},
-     {"targets": ("q_proj", "q_proj")}, {"modules_to_save": ("norm", "norm")}],
+    [{"targets": ()}, {"targets": ("q_proj", "q_proj")}, {"modules_to_save": ("norm", "norm")}],
     ids=str,
-)  # fmt: skip
+)
 def test_impossible_values(values: dict):
     with pytest.raises(ValueError, match=f"^{next(iter(values))}: expected .*, got "):
         LoraConfig(**values)
