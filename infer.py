@@ -91,7 +91,7 @@ class Session:
         say(f"{source}: {size / 1e6:.1f} M parameters on {device} in {name} ({reason}), "
             f"loaded in {time.perf_counter() - started:.1f} s")  # fmt: skip
         vocab = self.model.cfg.vocab_size
-        self.sampling: Sampling = self.infer.sampling(
+        self.sampling: Sampling = self.infer.for_request(
             eos=tokenizer.stop_ids,
             banned=range(tokenizer.n_vocab, vocab),  # rows of the embedding that pad it to a round size
             seed=cfg.run.seed,
@@ -112,16 +112,15 @@ class Session:
     def pieces(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
         """(row, printable text) as the rows are made; beams come as wholes. Leaves the speed in `self.note`."""
         started, made = time.perf_counter(), 0
-        arguments = {name: getattr(self.sampling, name) for name in Sampling.__dataclass_fields__}
-        arguments |= {"cache_dtype": self.cache_dtype}
         decoders = [StreamDecoder(self.tokenizer, self.infer.stop) for _ in prompts]
         if self.sampling.num_beams > 1:
-            for row, ids in enumerate(generate(self.model, prompts, **arguments)):
+            for row, ids in enumerate(generate(self.model, prompts, self.sampling, cache_dtype=self.cache_dtype)):
                 new = ids[len(prompts[row]) :]
                 made += len(new)
                 yield row, decoders[row].feed(new)
         else:
-            for event in stream(self.model, prompts, decode=self.tokenizer.decode, **arguments):
+            decode = self.tokenizer.decode
+            for event in stream(self.model, prompts, self.sampling, decode=decode, cache_dtype=self.cache_dtype):
                 made += 1
                 yield event.row, decoders[event.row].feed([event.token])
         yield from ((row, decoder.flush()) for row, decoder in enumerate(decoders))
@@ -177,8 +176,7 @@ def show_routing(session: Session, prompts: list[str]) -> None:
         raise ConfigError("infer.show_routing: expected a model with routed layers, got a dense one")
     for prompt in prompts:
         start = session.prompt_ids(prompt)
-        how = {name: getattr(session.sampling, name) for name in Sampling.__dataclass_fields__}
-        (ids,) = generate(session.model, [start], decode=session.tokenizer.decode, **how)
+        (ids,) = generate(session.model, [start], session.sampling, decode=session.tokenizer.decode)
         counts = tokens_used(session.model, ids)
         pieces = [piece for piece in zip(pieces_of(session.tokenizer, ids), counts, strict=True) if piece[0]]
         sys.stdout.write(shaded(pieces, layers, colour) + "\n")

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,7 +26,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model as dense
-from model import GPT, INIT_STD, Context, ModelConfig, RMSNorm, RoutedCache, RoutedPlace
+from model import (
+    GPT,
+    INIT_STD,
+    Bound,
+    Context,
+    Count,
+    Fraction,
+    ModelConfig,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    RMSNorm,
+    RoutedCache,
+    RoutedPlace,
+    Size,
+    check_fields,
+    require,
+)
 
 Block = Callable[[Tensor, Context], Tensor]
 Named = dict[str, Tensor]
@@ -41,75 +58,47 @@ NEVER_ZERO = 1e-10  # added inside the logarithm of o_ce
 SURE = 9.0  # a causal router's first bias where everything is to be computed; logit(1) is infinite
 
 
-def _require(holds: object, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
 @dataclass(frozen=True)
 class RoutingConfig:
     """Which layers compute a share of the tokens, and by which rule; `auto` is what the rule's authors recommend."""
 
     kind: Literal["dense", "mod", "dtf", "tdtf"] = "dense"
     layers: tuple[int, ...] = ()
-    capacity: float | Literal["auto"] = "auto"
-    capacity_warmup: float = 0.0
+    capacity: Annotated[float, Bound(0, 1, open_low=True)] | Literal["auto"] = "auto"
+    capacity_warmup: Fraction = 0.0
     gate: Literal["auto", "soft", "ste", "hard", "raw"] = "auto"
     surprise_grad: bool | Literal["auto"] = "auto"
-    prior_factor: float = 0.0625
-    ma_window: int = 100
-    o_ce_init: float = 1.025
-    m_cu_init: float = 1.1
+    prior_factor: Annotated[float, Bound(0, 4, open_low=True)] = 0.0625
+    ma_window: Size = 100
+    o_ce_init: Positive = 1.025
+    m_cu_init: Positive = 1.1
     beta_ce_init: float = -0.3
     beta_cu_init: float = -0.6
     beta_mode: Literal["learned", "linear", "cosine"] = "learned"
-    beta_start: float = 0.3
-    beta_end: float = 6.0
-    beta_warmup: int = 0
+    beta_start: Positive = 0.3
+    beta_end: Positive = 6.0
+    beta_warmup: Count = 0
     mod_aux: Literal["bce", "load", "none"] = "bce"
     normalise: bool = True
-    causal_threshold: float = 0.5
-    calibrate_tokens: int = 16_384
-    causal_loss_weight: float = 0.01
-    prior_loss_weight: float = 0.05
-    tpn_loss_weight: float = 0.05
-    mod_aux_loss_weight: float = 0.01
-    mod_z_loss_weight: float = 0.0
-    causal_lr: float | None = 1e-3
-    surprise_lr: float | None = 1e-2
-    prior_lr: float | None = None
-    mod_lr: float | None = None
+    causal_threshold: OpenFraction = 0.5
+    calibrate_tokens: Count = 16_384
+    causal_loss_weight: NonNegative = 0.01
+    prior_loss_weight: NonNegative = 0.05
+    tpn_loss_weight: NonNegative = 0.05
+    mod_aux_loss_weight: NonNegative = 0.01
+    mod_z_loss_weight: NonNegative = 0.0
+    causal_lr: Positive | None = 1e-3
+    surprise_lr: Positive | None = 1e-2
+    prior_lr: Positive | None = None
+    mod_lr: Positive | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("kind", ("dense", "mod", "dtf", "tdtf")),
-            ("gate", ("auto", "soft", "ste", "hard", "raw")),
-            ("beta_mode", ("learned", "linear", "cosine")),
-            ("mod_aux", ("bce", "load", "none")),
-            ("surprise_grad", ("auto", True, False)),
-        ):
-            _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
-        _require(self.gate != "raw" or self.kind == "mod", "gate", "soft, ste or hard (raw is of mod)", self.gate)
+        check_fields(self)
+        require(self.gate != "raw" or self.kind == "mod", "gate", "soft, ste or hard (raw is for mod alone)", self.gate)
         ascending = list(self.layers) == sorted(set(self.layers)) and min(self.layers, default=1) >= 1
-        _require(ascending, "layers", "ascending layers from 1 on (layer 0 stays dense)", self.layers)
+        require(ascending, "layers", "ascending layers from 1 on (layer 0 stays dense)", self.layers)
         paired = self.kind != "dtf" or all(b - a > 1 for a, b in zip(self.layers, self.layers[1:], strict=False))
-        _require(paired, "layers", "a dense layer before each routed one for dtf", self.layers)
-        if self.capacity != "auto":
-            _require(0 < self.capacity <= 1, "capacity", "auto, or above 0 and at most 1", self.capacity)
-        _require(0 < self.prior_factor <= 4, "prior_factor", "above 0 and at most 4", self.prior_factor)
-        _require(0 < self.causal_threshold < 1, "causal_threshold", "between 0 and 1", self.causal_threshold)
-        _require(0 <= self.capacity_warmup <= 1, "capacity_warmup", "0 to 1", self.capacity_warmup)
-        _require(self.ma_window >= 1, "ma_window", "1 or more", self.ma_window)
-        for name in ("o_ce_init", "m_cu_init", "beta_start", "beta_end"):
-            _require(0 < getattr(self, name) < math.inf, name, "a number above 0", getattr(self, name))
-        for name in ("beta_ce_init", "beta_cu_init"):
-            _require(math.isfinite(getattr(self, name)), name, "a number", getattr(self, name))
-        weights = ("causal_loss_weight", "prior_loss_weight", "tpn_loss_weight", "mod_aux_loss_weight")
-        for name in (*weights, "mod_z_loss_weight", "beta_warmup", "calibrate_tokens"):
-            _require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
-        for name in ("causal_lr", "surprise_lr", "prior_lr", "mod_lr"):
-            value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, "null or a number above 0", value)
+        require(paired, "layers", "a dense layer before each routed one for dtf", self.layers)
 
     @property
     def share(self) -> float:
@@ -134,9 +123,9 @@ def routed_layers(cfg: ModelConfig, routing: RoutingConfig) -> tuple[int, ...]:
     count = cfg.num_hidden_layers
     if routing.kind == "dense":
         return ()
-    _require(count >= 2, "num_hidden_layers", f"2 or more with routing.kind {routing.kind}", count)
+    require(count >= 2, "num_hidden_layers", f"2 or more with routing.kind {routing.kind}", count)
     chosen = routing.layers or tuple(range(1, count, 2))
-    _require(chosen[-1] < count, "routing.layers", f"layers below {count}", chosen)
+    require(chosen[-1] < count, "routing.layers", f"layers below {count}", chosen)
     return chosen
 
 

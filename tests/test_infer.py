@@ -144,8 +144,8 @@ MISTAKES = [
     ((), 2, "expected a text to continue"),
     (("--prompt=",), 2, "prompt 1 of 1 is empty"),
     (("--prompt=x", "--temperture=1"), 2, "--temperature"),
-    (("--prompt=x", "--temperature=-1"), 2, "temperature: expected >= 0, got -1"),
-    (("--prompt=x", "--top_k=five"), 2, "--top_k: expected int, got 'five'"),
+    (("--prompt=x", "--temperature=-1"), 2, "temperature: expected float >= 0, got -1"),
+    (("--prompt=x", "--top_k=five"), 2, "--top_k: expected int >= 0, got 'five'"),
     (("--prompt=x", "--max_new_tokens=500"), 2, "exceed the context of 128"),
     (("--prompt=x", "--device=cuda:7"), 2, "run.device"),
     (("--prompt_file=/nowhere/at/all",), 2, "No such file"),
@@ -208,7 +208,7 @@ def test_i05_an_absent_device_is_an_error_before_anything_is_loaded(folder: Path
 
 
 def test_help_lists_every_key_and_needs_no_model():
-    done = process("--help")
+    done = process("--help", "all")
     assert done.returncode == 0
     for key in ("--ckpt", "--prompt ", "--top_p", "--num_beams", "--model.num_hidden_layers", "--preset 0.5B"):
         assert key in done.stdout

@@ -251,7 +251,7 @@ def test_bench_memory_says_what_to_change_until_it_fits(capsys: pytest.CaptureFi
     [
         (["--fit", "24"], "--fit: expected a size such as 24GB or 16GiB, got '24'"),
         (["--ranks", "0"], "--ranks: expected 1 or more, got 0"),
-        (["--ranks", "3"], "8 rows of 128 tokens a step cannot be shared by 3 ranks"),
+        (["--ranks", "3"], "8 rows of 128 tokens per step cannot be divided among 3 ranks"),
         (["--preset", "0.6B"], "--preset"),
         (["--seq_len", "1024"], "seq_len: expected at most the model's context of 512, got 1024"),
         (["finetune", "--objective", "contrast"], "finetune.objective: expected sft"),
