@@ -241,9 +241,9 @@ class Rope:
         dynamic = cfg.rope_scaling is not None and cfg.rope_scaling.rope_type == "dynamic"
         stretched = max(length, cfg.original_context) if dynamic else 0  # the only rule that looks at the request
         made_for = (cfg.rope_theta, cfg.rope_scaling, cfg.head_size, cfg.original_context, stretched, device)
-        held = len(self._tables[0]) if self._tables else 0
-        if made_for != self._made_for or positions > held:
-            size = max(held, 1 << (positions - 1).bit_length())
+        size = len(self._tables[0]) if self._tables else 0
+        if made_for != self._made_for or positions > size:
+            size = max(size, 1 << (positions - 1).bit_length())
             cos, sin = rope_tables(cfg, size, length)  # on the CPU: Apple GPUs have no fp64
             self._tables = cos.to(device), sin.to(device)
             self._made_for = made_for
@@ -260,8 +260,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-# Where the tokens of a call go: behind so many, in all rows alike, or (rows, tokens, slots) one by one.
-Place = int | tuple[Tensor, Tensor, Tensor]
+# Where the tokens of a call go: from this slot on, in all rows alike, or (rows, tokens, slots) one by one.
+CacheSlots = int | tuple[Tensor, Tensor, Tensor]
+
+
+class LayerState(Protocol):
+    """What a router keeps of a request, in place of its layer's keys and values of all tokens."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def advance(self) -> None: ...
+    def select(self, rows: Sequence[int]) -> None: ...
+    def crop(self, length: int) -> None: ...
 
 
 class KVCache:
@@ -279,161 +289,58 @@ class KVCache:
         self.capacity = 0
         self._keys: list[Tensor | None] = [None] * cfg.num_hidden_layers  # each [B, K, capacity, D]
         self._values: list[Tensor | None] = [None] * cfg.num_hidden_layers
-        self._routed: dict[int, RoutedCache] = {}  # of layers that keep some of the tokens only
+        self.layer_state: dict[int, LayerState] = {}  # of layers with a router, which makes it on first use
 
     @property
     def nbytes(self) -> int:
         dense = sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
-        return dense + sum(part.nbytes for part in self._routed.values())
-
-    def routed(self, layer: int, device: torch.device) -> RoutedCache:
-        """The part of a routed layer, made by its first use."""
-        if layer not in self._routed:
-            self._routed[layer] = RoutedCache(self, device)
-        return self._routed[layer]
+        return dense + sum(state.nbytes for state in self.layer_state.values())
 
     def reserve(self, slots: int) -> None:
         """Make room for rows of `slots` tokens."""
         if slots > self.length:
-            raise ValueError(f"the cache is made for {self.length} tokens a row, this call needs {slots}")
+            raise ValueError(f"the cache is made for {self.length} tokens per row, this call needs {slots}")
         if slots > self.capacity:
             self.capacity = min(max(slots, 2 * self.capacity), self.length)
 
-    def write(self, layer: int, k: Tensor, v: Tensor, place: Place, slots: int) -> tuple[Tensor, Tensor]:
-        """Put k, v [B, K, T, D] in their place; return the first `slots` of all keys and values, [B, K, S, D] each."""
-        out = []
-        for held, new in ((self._keys, k), (self._values, v)):
-            held[layer] = _grown(held[layer], new, len(new), self.capacity, self.dtype)
-            _put(held[layer], new, place)
-            out.append(held[layer][:, :, :slots].to(new.dtype))
-        return out[0], out[1]
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: CacheSlots, keys: int) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, K, T, D] to their slots; return the first `keys` slots of each, [B, K, S, D]."""
+        for tensors, new in ((self._keys, k), (self._values, v)):
+            tensors[layer] = grow(tensors[layer], new, len(new), self.capacity, self.dtype)
+            write_slots(tensors[layer], new, slots)
+        return self._keys[layer][:, :, :keys].to(k.dtype), self._values[layer][:, :, :keys].to(v.dtype)
 
     def advance(self, counts: Sequence[int]) -> None:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        for part in self._routed.values():
-            part.advance()
+        for state in self.layer_state.values():
+            state.advance()
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep, repeat or reorder rows (beam search; rows that have ended)."""
         if list(rows) == list(range(len(self.lengths))):
             return
         self.lengths = [self.lengths[row] for row in rows]
-        for part in self._routed.values():
-            part.select(rows)
-        for held in (self._keys, self._values):
-            for layer, tensor in enumerate(held):
+        for state in self.layer_state.values():
+            state.select(rows)
+        for tensors in (self._keys, self._values):
+            for layer, tensor in enumerate(tensors):
                 if tensor is not None:
-                    held[layer] = tensor[torch.tensor(rows, device=tensor.device)]
+                    tensors[layer] = tensor[torch.tensor(rows, device=tensor.device)]
 
     def crop(self, length: int) -> None:
         """Forget everything from position `length` on."""
-        self.lengths = [min(max(length, 0), held) for held in self.lengths]
-        for part in self._routed.values():
-            part.crop(length)
+        self.lengths = [min(max(length, 0), old) for old in self.lengths]
+        for state in self.layer_state.values():
+            state.crop(length)
 
     def free(self) -> None:
         """Give the memory back and start over."""
         self.lengths, self.capacity = [0] * len(self.lengths), 0
         self._keys, self._values = [None] * len(self._keys), [None] * len(self._values)
-        self._routed = {}
+        self.layer_state = {}
 
 
-class RoutedPlace(NamedTuple):
-    """Where the selected tokens of a call go in a RoutedCache. The call may be on some of the cache's rows alone."""
-
-    kept: Tensor | None  # [B'] rows of the cache that the call is on; None: all, in their order
-    rows: Tensor  # [N] of the call
-    tokens: Tensor  # [N] of the call
-    entries: Tensor  # [N] where they go
-
-
-class RoutedCache:
-    """One routed layer's part of a KVCache: keys and values of selected tokens alone, each with its slot in the row.
-
-    Beside them `notes`: a few numbers for every token of the row, selected or not, from which the next decisions
-    follow. Being one for each token, they can be cropped; a last hidden state could not.
-    """
-
-    def __init__(self, cache: KVCache, device: torch.device):
-        self.cache = cache
-        self.counts = torch.zeros(len(cache.lengths), dtype=torch.long, device=device)  # entries of each row
-        self.most = 0  # on the host: at least the largest of them
-        self._adding: tuple[Tensor, int] | None = None
-        self._keys: Tensor | None = None  # [B, K, C, D]
-        self._values: Tensor | None = None
-        self._slots: Tensor | None = None  # int32 [B, 1, C, 1]
-        self._notes: Tensor | None = None  # fp32 [B, 1, capacity of the cache, numbers]
-
-    @property
-    def nbytes(self) -> int:
-        held = (self.counts, self._keys, self._values, self._slots, self._notes)
-        return sum(t.nbytes for t in held if t is not None)
-
-    def note(self, new: Tensor, place: Place) -> Tensor:
-        """Write numbers [B, T, N] of new tokens; return those of all slots, [B, capacity, N]."""
-        self._notes = _grown(self._notes, new[:, None], len(new), self.cache.capacity)
-        _put(self._notes, new[:, None], place)
-        return self._notes[:, 0]
-
-    def begin(self, adding: Tensor, most: int) -> None:
-        """Announce `adding` [B] entries, after which a row has at most `most`.
-
-        They count from `advance` on, so that a call which fails leaves no trace.
-        """
-        self._adding = adding, most
-
-    def at_most(self, adding: int) -> int:
-        """How many entries a row may have after `adding` more; the device is asked only before the memory grows."""
-        if self._keys is not None and self.most + adding > self._keys.shape[2]:
-            self.most = int(self.counts.max())
-        return self.most + adding
-
-    def place_slots(self, slots: Tensor, place: RoutedPlace, entries: int) -> Tensor:
-        """Write the slots [N] of new entries; return the first `entries` of all, [B', entries]."""
-        rows = place.rows if place.kept is None else place.kept[place.rows]
-        like = slots.new_empty(1, 1, 1, 1, dtype=torch.int32)
-        self._slots = _grown(self._slots, like, len(self.counts), self._room(self._slots, entries))
-        self._slots[rows, 0, place.entries, 0] = slots.int()
-        held = self._slots[:, 0, :entries, 0]
-        return held if place.kept is None else held[place.kept]
-
-    def write(self, _: int, k: Tensor, v: Tensor, place: RoutedPlace, entries: int) -> tuple[Tensor, Tensor]:
-        """As KVCache.write: put selected k, v [B', K, T, D]; return [B', K, entries, D] of each."""
-        rows = place.rows if place.kept is None else place.kept[place.rows]
-        room = self._room(self._keys, entries)
-        self._keys = _grown(self._keys, k, len(self.counts), room, self.cache.dtype)
-        self._values = _grown(self._values, v, len(self.counts), room, self.cache.dtype)
-        out = []
-        for held, new in ((self._keys, k), (self._values, v)):
-            held[rows, :, place.entries] = _fitting(new[place.rows, :, place.tokens], held.dtype)
-            shown = held[:, :, :entries]
-            out.append((shown if place.kept is None else shown[place.kept]).to(new.dtype))
-        return out[0], out[1]
-
-    def _room(self, held: Tensor | None, entries: int) -> int:
-        old = 0 if held is None else held.shape[2]
-        return old if entries <= old else min(max(entries, 2 * old), self.cache.length)
-
-    def advance(self) -> None:
-        if self._adding is not None:
-            self.counts, self.most = self.counts + self._adding[0], self._adding[1]
-            self._adding = None
-
-    def select(self, rows: Sequence[int]) -> None:
-        index = torch.tensor(rows, device=self.counts.device)
-        for name in ("counts", "_keys", "_values", "_slots", "_notes"):
-            if (held := getattr(self, name)) is not None:
-                setattr(self, name, held[index])
-
-    def crop(self, length: int) -> None:
-        """Slots ascend within a row, so what remains are its first entries."""
-        if self._slots is not None:
-            real = torch.arange(self._slots.shape[2], device=self.counts.device) < self.counts[:, None]
-            self.counts = (real & (self._slots[:, 0, :, 0] < length)).sum(1)
-            self.most = min(self.most, max(length, 0))
-
-
-def _grown(old: Tensor | None, like: Tensor, batch: int, capacity: int, dtype: torch.dtype | None = None) -> Tensor:
+def grow(old: Tensor | None, like: Tensor, batch: int, capacity: int, dtype: torch.dtype | None = None) -> Tensor:
     """[batch, heads, capacity, size] with the contents of `old`; heads, size, device and type as `like` has them."""
     if old is not None and old.shape[2] == capacity:
         return old
@@ -445,25 +352,33 @@ def _grown(old: Tensor | None, like: Tensor, batch: int, capacity: int, dtype: t
     return grown
 
 
-def _fitting(new: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_saturating(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """To the cache's type. fp16 saturates: an inf in the cache would become NaN in the softmax."""
     if dtype == torch.float16 and new.dtype != torch.float16:
         largest = torch.finfo(torch.float16).max
-        new = new.clamp(-largest, largest)  # saturate: an inf in the cache would become NaN in the softmax
+        new = new.clamp(-largest, largest)
     return new.to(dtype)
 
 
-def _put(cache: Tensor, new: Tensor, place: Place) -> None:
-    new = _fitting(new, cache.dtype)
-    if isinstance(place, int):
-        cache[:, :, place : place + new.shape[2]] = new
+def write_slots(cache: Tensor, new: Tensor, slots: CacheSlots) -> None:
+    """Write new [B, heads, T, size] into cache [B, heads, capacity, size]."""
+    new = cast_saturating(new, cache.dtype)
+    if isinstance(slots, int):
+        cache[:, :, slots : slots + new.shape[2]] = new
     else:
-        rows, tokens, slots = place
-        cache[rows, :, slots] = new[rows, :, tokens]
+        rows, tokens, index = slots
+        cache[rows, :, index] = new[rows, :, tokens]
 
 
 # --- who may look at whom ---------------------------------------------------------------------------------------------
 
 MaskRule = Callable[[Tensor, Tensor, Tensor], Tensor]  # (row, query position, key position) -> may look, broadcast
+
+
+class KeyValueStore(Protocol):
+    """Where an attention writes its keys and values: a KVCache, or what a router passes in place of it."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Any, keys: int) -> tuple[Tensor, Tensor]: ...
 
 
 class Context(NamedTuple):
@@ -473,32 +388,36 @@ class Context(NamedTuple):
     cos: Tensor | None  # [B|1, 1, T, D/2]
     sin: Tensor | None
     mask: Tensor | None  # bool [B|1, 1, T, S], true where a query may look at a key; None: plain causality
-    alive: Tensor | None  # bool [B|1, 1, T, 1], false for a query that may look at nothing; None: all may
-    cache: KVCache | RoutedCache | None
-    place: Place | RoutedPlace  # of the new tokens in the cache
+    attends_to_any: Tensor | None  # bool [B|1, 1, T, 1], false for a query that may look at nothing; None: all may
+    cache: KeyValueStore | None
+    slots: Any  # of the new tokens in the cache: CacheSlots, or what another store understands
     keys: int  # S
-    # For routers alone:
-    valid: Tensor | None = None  # bool [B, T], false for padding; None: no token is
+    # The arguments of the forward, as a router needs them:
+    counts: list[int]  # real tokens of each row
+    cached: list[int]  # tokens that each row has in the cache
+    attn_mask: Tensor | MaskRule | None
+    targets: Tensor | None  # [B, T], where some tokens have none
+    shared: dict[str, Any]  # what routers compute once per forward
     before: Tensor | None = None  # [B, T, E], the input of the layer before
 
 
-def _boolean_mask(mask: Tensor) -> Tensor:
+def boolean_mask(mask: Tensor) -> Tensor:
+    """True where a query may look: an additive mask has 0 there and -1e4 or less elsewhere."""
     if mask.dtype == torch.bool:
         return mask
     shape = tuple(mask.shape)
-    _require(mask.is_floating_point(), f"attn_mask {shape}: expected bool or additive float, got {mask.dtype}")
-    keep, drop = mask == 0, mask <= -1e4
-    _require(
-        bool((keep | drop).all()),
-        f"attn_mask {shape}: an additive mask holds 0 (look) and -1e4 or less (do not), and nothing else",
-    )
+    if not mask.is_floating_point():
+        raise ValueError(f"attn_mask {shape}: expected bool or additive float, got {mask.dtype}")
+    keep = mask == 0
+    if not (keep | (mask <= -1e4)).all():
+        raise ValueError(f"attn_mask {shape}: an additive mask holds 0 (look) and -1e4 or less (do not), nothing else")
     return keep
 
 
 def _mask_from_tensor(mask: Tensor, q_slots: Tensor, keys: int, batch: int) -> tuple[Tensor, Tensor | None]:
     """(bool [B|1, 1, T|1, S], bool [B|1, S] if it only speaks of keys), cut out at absolute positions."""
     shape = tuple(mask.shape)
-    mask = _boolean_mask(mask)
+    mask = boolean_mask(mask)
     if mask.dim() == 2:
         mask = mask[:, None, None, :]
     legal = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1 and mask.shape[3] >= keys
@@ -522,44 +441,20 @@ def _document_runs(documents: Tensor) -> tuple[Tensor, Tensor]:
     return starts.cumsum(dim=1), index - first
 
 
-def _even(cached: list[int], tokens: int, keys: int) -> bool:
-    """Whether all rows are at the same place and the longest fills the call: then slices do for indices."""
+def _is_contiguous(cached: list[int], tokens: int, keys: int) -> bool:
+    """True if all rows start at the same slot and the longest fills the call, so that the write is a slice."""
     return len(set(cached)) == 1 and keys == cached[0] + tokens
 
 
-def _place(cached: list[int], counts: list[int], tokens: int, keys: int, device: torch.device) -> Place:
-    if _even(cached, tokens, keys):
-        return cached[0]  # padding behind shorter rows is written too, and written over by their next tokens
-    listed = [(row, i, cached[row] + i) for row, count in enumerate(counts) for i in range(count)]
-    rows, new, slots = torch.tensor(listed, dtype=torch.long, device=device).view(-1, 3).unbind(1)
+def _cache_slots(cached: list[int], counts: list[int], tokens: int, keys: int, device: torch.device) -> CacheSlots:
+    if _is_contiguous(cached, tokens, keys):
+        return cached[0]  # padding behind shorter rows is written too, and overwritten by their next tokens
+    real = [(row, i, cached[row] + i) for row, count in enumerate(counts) for i in range(count)]
+    rows, new, slots = torch.tensor(real, dtype=torch.long, device=device).view(-1, 3).unbind(1)
     return rows, new, slots
 
 
-def _valid(
-    tokens: Tensor,
-    counts: list[int],
-    cached: list[int],
-    attn_mask: Tensor | MaskRule | None,
-    targets: Tensor | None,
-) -> Tensor | None:
-    """bool [B, T]: which tokens are no padding, by lengths, by a mask of keys, or behind a row's last target."""
-    (batch, count), device = tokens.shape, tokens.device
-    index = torch.arange(count, device=device)
-    valid = None
-    if min(counts) < count:
-        valid = index < torch.tensor(counts, device=device)[:, None]
-    if isinstance(attn_mask, Tensor) and (attn_mask.dim() == 2 or attn_mask.shape[2] == 1):
-        slots = torch.tensor(cached, device=device)[:, None] + index
-        real = _boolean_mask(attn_mask.to(device)).flatten(1).expand(batch, -1)
-        real = real.gather(1, slots.clamp(max=real.shape[1] - 1))
-        valid = real if valid is None else valid & real
-    if targets is not None:
-        ahead = (targets != IGNORE).flip(1).cumsum(1).flip(1) > 0
-        valid = ahead if valid is None else valid & ahead
-    return valid
-
-
-def _who_sees_whom(
+def _positions_and_mask(
     tokens: Tensor,
     counts: list[int],
     cached: list[int],
@@ -568,21 +463,24 @@ def _who_sees_whom(
     documents: Tensor | None,
     allow_future: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(positions, mask, alive) of tokens [B, T], `counts` of them real, behind `cached` ones; `keys` in all."""
+    """(positions, mask, attends_to_any) of tokens [B, T], `counts` of them real, behind `cached` ones; `keys` in all.
+
+    The names and shapes are those of Context.
+    """
     (batch, count), device = tokens.shape, tokens.device
     first = torch.tensor(cached[:1] if len(set(cached)) == 1 else cached, device=device)
     q_slots = first[:, None] + torch.arange(count, device=device)  # [B|1, T]
     custom = attn_mask is not None or allow_future
     plain = not custom and documents is None and (count == 1 or cached[0] == 0)
-    if plain and _even(cached, count, keys):
+    if plain and _is_contiguous(cached, count, keys):
         return q_slots, None, None
 
     k_slots = torch.arange(keys, device=device)
-    seen = q_slots  # bottom-right aligned: query i of a call looks at everything cached and at the new keys up to i
+    last_key = q_slots  # query i of a call looks at all cached keys and at the new ones up to i
     if allow_future:  # at all real keys
-        ends = [held + new - 1 for held, new in zip(cached, counts, strict=True)]
-        seen = torch.tensor(ends, device=device)[:, None].expand(-1, count)
-    mask = k_slots <= seen[:, None, :, None]  # [B|1, 1, T, S]
+        ends = [old + new - 1 for old, new in zip(cached, counts, strict=True)]
+        last_key = torch.tensor(ends, device=device)[:, None].expand(-1, count)
+    mask = k_slots <= last_key[:, None, :, None]  # [B|1, 1, T, S]
     positions = q_slots
     if callable(attn_mask):
         rows = torch.arange(batch, device=device)[:, None, None, None]
@@ -591,9 +489,9 @@ def _who_sees_whom(
         allowed, real_keys = _mask_from_tensor(attn_mask.to(device), q_slots, keys, batch)
         mask = mask & allowed
         if real_keys is not None:  # padding on the left: positions count real tokens only
-            counted = (real_keys.long().cumsum(dim=1) - 1).clamp(min=0)
-            rows = torch.arange(len(counted), device=device)[:, None]
-            positions = counted[rows, q_slots.clamp(max=keys - 1)]
+            real_before = (real_keys.long().cumsum(dim=1) - 1).clamp(min=0)
+            rows = torch.arange(len(real_before), device=device)[:, None]
+            positions = real_before[rows, q_slots.clamp(max=keys - 1)]
     if documents is not None:
         runs, positions = _document_runs(documents)
         mask = mask & (runs[:, None, :, None] == runs[:, None, None, :])
@@ -601,8 +499,8 @@ def _who_sees_whom(
         return positions, mask, None
     # A query that may look at nothing looks at everything, and its output is then replaced by zeros: a softmax over
     # nothing would be NaN, in the backward also for its neighbours.
-    alive = mask.any(-1, keepdim=True)
-    return positions, mask | ~alive, alive
+    attends_to_any = mask.any(-1, keepdim=True)
+    return positions, mask | ~attends_to_any, attends_to_any
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -638,7 +536,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context, dropout: float) -> Ten
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=ctx.mask, dropout_p=dropout, is_causal=ctx.mask is None, enable_gqa=heads != k.shape[1]
         )
-    return y if ctx.alive is None else torch.where(ctx.alive, y, 0)
+    return y if ctx.attends_to_any is None else torch.where(ctx.attends_to_any, y, 0)
 
 
 class Attention(nn.Module):
@@ -664,7 +562,7 @@ class Attention(nn.Module):
         if ctx.cos is not None:
             q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if ctx.cache is not None:
-            k, v = ctx.cache.write(self.layer, k, v, ctx.place, ctx.keys)
+            k, v = ctx.cache.write(self.layer, k, v, ctx.slots, ctx.keys)
         y = attend(q, k, v, ctx, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -755,8 +653,16 @@ def _counts(tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]
     return counts
 
 
+def _last_real(hidden: Tensor, counts: Sequence[int], cache: KVCache | None) -> Tensor:
+    """All positions, but with a cache only each row's last real one: [B, 1, E]."""
+    if cache is None or hidden.shape[1] == 1:
+        return hidden
+    last = torch.tensor(counts, device=hidden.device) - 1
+    return hidden[torch.arange(len(last), device=hidden.device), last.clamp(min=0)][:, None]
+
+
 class GPT(nn.Module):
-    def __init__(self, cfg: ModelConfig, routers: dict[int, nn.Module] | None = None):
+    def __init__(self, cfg: ModelConfig, routers: dict[int, Router] | None = None):
         super().__init__()
         self.cfg = cfg
         self.model = Decoder(cfg)
@@ -788,44 +694,47 @@ class GPT(nn.Module):
 
         lengths    how many of each row's T tokens are real; the rest is padding on the right
         documents  [B, T] ids; tokens of different documents do not see each other, positions restart
-        attn_mask  who may look at whom, by absolute position: bool or additive, (B, S), (B, 1, 1, S), (B, 1, S, S),
+        attn_mask  which keys a query sees, by absolute position: bool or additive, (B, S), (B, 1, 1, S), (B, 1, S, S),
                    or a rule (row, query, key) -> bool. It restricts causality; with allow_future it replaces it
-        length     what the rows will grow to, which dynamic rotary scaling looks at; None: the cache's length, or T
-        at         [N] where the flat targets [B * T] are not -100, when that is known: no other logits are computed
-        weights    [B, T] what each target's loss is multiplied with
+        length     final length of the rows, which dynamic rotary scaling depends on; None: the cache's length, or T
+        at         [N] indices of the flat targets [B * T] that are not -100, if known: no other logits are computed
+        weights    [B, T] factors on each target's loss
         """
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens: expected shape (B, T) with at least one token, got {tuple(tokens.shape)}")
         counts = _counts(tokens, lengths)
-        sparse = targets if at is not None else None  # else every token has a target, and nothing need be asked
+        # Without `at` every token has a target: no host sync to find out.
+        sparse = targets if at is not None else None
         ctx = self._context(tokens, counts, cache, documents, attn_mask, allow_future, length, sparse)
         x = self.model.embed_tokens(tokens)
         if self.cfg.positions == "learned":
             x = x + self.model.embed_positions(ctx.positions)
-        x = self.drop(x)
         penalties: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
+        hidden = self.model.norm(self._run_layers(self.drop(x), ctx, penalties, stats))
+        if cache is not None:
+            cache.advance(counts)
+        if targets is None:
+            return Output(hidden, self.logits(_last_real(hidden, counts, cache)), None, None, penalties, stats)
+        if lengths is not None:
+            ends = torch.tensor(counts, device=tokens.device)[:, None]
+            targets = targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= ends, IGNORE)
+        loss, log_z_squares, unweighted = self._summed_loss(hidden, targets, at, weights)
+        if self.z_loss:
+            penalties["z_loss"] = log_z_squares
+        return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats, unweighted)
+
+    def _run_layers(self, x: Tensor, ctx: Context, penalties: dict[str, Tensor], stats: dict[str, Tensor]) -> Tensor:
         before = x
         for layer, block in enumerate(self.model.layers):
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             if str(layer) in self.routers:
-                here = ctx._replace(before=before)
-                x, before = self.routers[str(layer)](x, here, block, penalties, stats), x
+                y = self.routers[str(layer)](x, ctx._replace(before=before), block, penalties, stats)
             else:
-                x, before = block(x, ctx), x
-        hidden = self.model.norm(x)
-        if cache is not None:
-            cache.advance(counts)
-        if targets is None:
-            return Output(hidden, self.logits(self._last(hidden, counts, cache)), None, None, penalties, stats)
-        if lengths is not None:
-            ends = torch.tensor(counts, device=tokens.device)[:, None]
-            targets = targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= ends, IGNORE)
-        loss, square, plain = self._summed_loss(hidden, targets, at, weights)
-        if self.z_loss:
-            penalties["z_loss"] = square
-        return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats, plain)
+                y = block(x, ctx)
+            x, before = y, x
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] -> fp32 [..., V]"""
@@ -846,14 +755,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def resize_vocab(self, vocab_size: int) -> None:
-        """Cut or extend embedding and head; a new row is the mean of the old ones, which no token stands out from."""
+        """Cut or extend embedding and head; a new row is the mean of the old ones."""
         for owner, name in ((self.model, "embed_tokens"), (self, "lm_head")):
             old = getattr(owner, name)
             if old is None:
                 continue
-            kept = min(vocab_size, old.weight.shape[0])
+            common = min(vocab_size, old.weight.shape[0])
             weight = old.weight.mean(0, keepdim=True).repeat(vocab_size, 1)
-            weight[:kept] = old.weight[:kept]
+            weight[:common] = old.weight[:common]
             old.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
             setattr(old, "num_embeddings" if name == "embed_tokens" else "out_features", vocab_size)
         self.cfg = replace(self.cfg, vocab_size=vocab_size)
@@ -875,9 +784,11 @@ class GPT(nn.Module):
         if cache is not None:
             self._check_cache(cache, tokens, documents)
             cached = cache.lengths
-            keys = longest = max(held + new for held, new in zip(cached, counts, strict=True))
+            keys = longest = max(old + new for old, new in zip(cached, counts, strict=True))
             cache.reserve(keys)
-        positions, mask, alive = _who_sees_whom(tokens, counts, cached, keys, attn_mask, documents, allow_future)
+        positions, mask, attends_to_any = _positions_and_mask(
+            tokens, counts, cached, keys, attn_mask, documents, allow_future
+        )
         cos = sin = None
         reach = max(cached) + count  # padding included: it has positions too
         if self.cfg.positions == "rope":
@@ -889,9 +800,9 @@ class GPT(nn.Module):
             raise ValueError(f"{longest} tokens in a row, but max_position_embeddings is {table}")
         else:
             positions = positions.clamp(max=self.cfg.max_position_embeddings - 1)  # of padding
-        place = _place(cached, counts, count, keys, tokens.device)
-        valid = _valid(tokens, counts, cached, attn_mask, targets) if len(self.routers) else None
-        return Context(positions, cos, sin, mask, alive, cache, place, keys, valid)
+        slots = _cache_slots(cached, counts, count, keys, tokens.device)
+        call = (counts, cached, attn_mask, targets, {})
+        return Context(positions, cos, sin, mask, attends_to_any, cache, slots, keys, *call)
 
     def _check_cache(self, cache: KVCache, tokens: Tensor, documents: Tensor | None) -> None:
         if self.training:
@@ -902,14 +813,6 @@ class GPT(nn.Module):
             raise ValueError("documents and a cache cannot be combined: a request is one document")
         if len(cache.lengths) != len(tokens):
             raise ValueError(f"the cache has {len(cache.lengths)} rows, the tokens {len(tokens)}")
-
-    @staticmethod
-    def _last(hidden: Tensor, counts: Sequence[int], cache: KVCache | None) -> Tensor:
-        """All positions, but with a cache only each row's last real one: [B, 1, E]."""
-        if cache is None or hidden.shape[1] == 1:
-            return hidden
-        last = torch.tensor(counts, device=hidden.device) - 1
-        return hidden[torch.arange(len(last), device=hidden.device), last.clamp(min=0)][:, None]
 
     def _summed_loss(
         self, hidden: Tensor, targets: Tensor, at: Tensor | None, weights: Tensor | None = None
@@ -924,25 +827,25 @@ class GPT(nn.Module):
         flat = [hidden.flatten(0, 1), targets.flatten(), *([] if weights is None else [weights.flatten()])]
         if at is not None:
             flat = [tensor[at] for tensor in flat]
-        parts = list(zip(*(tensor.split(rows) for tensor in flat), strict=True))
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            sums = [self._chunk_loss(*part) for part in parts]
-        else:  # the backward makes each chunk's logits once more
-            sums = [checkpoint(self._chunk_loss, *part, use_reentrant=False) for part in parts]
+        chunks = list(zip(*(tensor.split(rows) for tensor in flat), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            sums = [self._chunk_loss(*chunk) for chunk in chunks]
+        else:  # the backward computes each chunk's logits again
+            sums = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return [sum(column) for column in zip(*sums, strict=True)]
 
     def _chunk_loss(
         self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(hidden)
-        square = torch.zeros((), device=logits.device)
+        log_z_squares = torch.zeros((), device=logits.device)
         if self.z_loss:
-            square = torch.where(targets != IGNORE, logits.logsumexp(-1), 0.0).square().sum()
+            log_z_squares = torch.where(targets != IGNORE, logits.logsumexp(-1), 0.0).square().sum()
         if weights is None:
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-            return loss, square, loss
-        each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-        return (each * weights).sum(), square, each.sum()
+            return loss, log_z_squares, loss
+        losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+        return (losses * weights).sum(), log_z_squares, losses.sum()
 
 
 # --- initialisation ---------------------------------------------------------------------------------------------------
