@@ -375,12 +375,6 @@ def write_slots(cache: Tensor, new: Tensor, slots: CacheSlots) -> None:
 MaskRule = Callable[[Tensor, Tensor, Tensor], Tensor]  # (row, query position, key position) -> may look, broadcast
 
 
-class KeyValueStore(Protocol):
-    """Where an attention writes its keys and values: a KVCache, or what a router passes in place of it."""
-
-    def write(self, layer: int, k: Tensor, v: Tensor, slots: Any, keys: int) -> tuple[Tensor, Tensor]: ...
-
-
 class Context(NamedTuple):
     """What all layers of one forward share."""
 
@@ -389,8 +383,8 @@ class Context(NamedTuple):
     sin: Tensor | None
     mask: Tensor | None  # bool [B|1, 1, T, S], true where a query may look at a key; None: plain causality
     attends_to_any: Tensor | None  # bool [B|1, 1, T, 1], false for a query that may look at nothing; None: all may
-    cache: KeyValueStore | None
-    slots: Any  # of the new tokens in the cache: CacheSlots, or what another store understands
+    cache: Any  # a KVCache or None; a router may pass its block another object with `write`, and slots of its kind
+    slots: Any  # CacheSlots of the new tokens
     keys: int  # S
     # The arguments of the forward, as a router needs them:
     counts: list[int]  # real tokens of each row
@@ -939,27 +933,27 @@ class Sampling:
         _require(not (beams and self.overflow == "slide"), "overflow: slide and num_beams cannot be combined")
 
 
-def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, how: Sampling) -> Tensor:
+def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> Tensor:
     """Logits [B, V] -> fp32 [B, V] after bans, repetition penalty, n-gram ban and minimum length.
 
     `rows` are the ids of each row so far, prompt included, of which `new_tokens` are generated.
     """
     logits = logits.float()
     logits = logits.masked_fill(logits.isnan(), -math.inf)
-    if how.banned:
-        logits = logits.index_fill(1, torch.tensor(how.banned, device=logits.device), -math.inf)
-    if how.repetition_penalty != 1.0:
+    if sampling.banned:
+        logits = logits.index_fill(1, torch.tensor(sampling.banned, device=logits.device), -math.inf)
+    if sampling.repetition_penalty != 1.0:
         seen = torch.zeros_like(logits, dtype=torch.bool)
         for row, ids in enumerate(rows):
             seen[row, torch.tensor(ids, device=logits.device)] = True
-        r = how.repetition_penalty
-        logits = torch.where(seen, torch.where(logits < 0, logits * r, logits / r), logits)
-    if how.no_repeat_ngram_size:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.no_repeat_ngram_size:
         for row, ids in enumerate(rows):
-            completes = _completions_of_seen_ngrams(ids, how.no_repeat_ngram_size, logits.device)
-            logits[row] = logits[row].index_fill(0, completes, -math.inf)
-    if how.eos and new_tokens < how.min_new_tokens:
-        logits = logits.index_fill(1, torch.tensor(how.eos, device=logits.device), -math.inf)
+            banned = _completions_of_seen_ngrams(ids, sampling.no_repeat_ngram_size, logits.device)
+            logits[row] = logits[row].index_fill(0, banned, -math.inf)
+    if sampling.eos and new_tokens < sampling.min_new_tokens:
+        logits = logits.index_fill(1, torch.tensor(sampling.eos, device=logits.device), -math.inf)
     return logits
 
 
@@ -1055,27 +1049,32 @@ class _Request:
         self,
         model: GPT,
         prompts: Sequence[Sequence[int]],
-        how: Sampling,
-        attn_mask: Tensor | MaskRule | None = None,
-        cache_dtype: torch.dtype | None = None,
-        use_cache: bool = True,
+        sampling: Sampling,
+        attn_mask: Tensor | MaskRule | None,
+        cache_dtype: torch.dtype | None,
+        use_cache: bool,
     ):
-        self.model, self.attn_mask, self.cache_dtype = model, attn_mask, cache_dtype
-        self.origin = list(range(len(prompts)))
-        self.longest = min(max(map(len, prompts)) + how.max_new_tokens, model.cfg.context)
-        self.cache = KVCache(model.cfg, len(prompts), cache_dtype, self.longest) if use_cache else None
+        self.model, self.attn_mask, self.cache_dtype, self.use_cache = model, attn_mask, cache_dtype, use_cache
+        self.prompt_of_row = list(range(len(prompts)))
+        self.length = min(max(map(len, prompts)) + sampling.max_new_tokens, model.cfg.context)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with an empty cache."""
+        rows = len(self.prompt_of_row)
+        self.cache = KVCache(self.model.cfg, rows, self.cache_dtype, self.length) if self.use_cache else None
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """fp32 [B, V] for the token after each row. Only what the cache has not seen is fed to the model."""
-        seen = self.cache.lengths if self.cache is not None else [0] * len(rows)
+        cached = self.cache.lengths if self.cache is not None else [0] * len(rows)
         device = self.model.get_input_embeddings().weight.device
-        tokens, lengths = pad_rows([row[start:] for row, start in zip(rows, seen, strict=True)], device=device)
+        tokens, lengths = pad_rows([row[start:] for row, start in zip(rows, cached, strict=True)], device=device)
         training = self.model.training
-        if training:  # for this forward alone: between two tokens the model belongs to whoever reads them
+        if training:  # for this forward alone: between two tokens the caller may use the model
             self.model.eval()
         try:
-            # Dynamic scaling looks at the context, not at how long this batch happens to get: a row's text does not
-            # depend on its company, nor on max_new_tokens.
+            # Dynamic scaling depends on the context, not on how long this batch gets: a row's text is independent of
+            # the other rows and of max_new_tokens.
             length = self.model.cfg.context
             out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=self._mask(), length=length)
         finally:
@@ -1093,54 +1092,50 @@ class _Request:
         if self.attn_mask is None:
             return None
         if callable(self.attn_mask):
-            origin = torch.tensor(self.origin)
-            return lambda row, query, key: self.attn_mask(origin.to(row.device)[row], query, key)
-        return self.attn_mask if len(self.attn_mask) == 1 else self.attn_mask[self.origin]
+            prompts = torch.tensor(self.prompt_of_row)
+            return lambda row, query, key: self.attn_mask(prompts.to(row.device)[row], query, key)
+        return self.attn_mask if len(self.attn_mask) == 1 else self.attn_mask[self.prompt_of_row]
 
     def select(self, rows: Sequence[int]) -> None:
-        self.origin = [self.origin[row] for row in rows]
+        self.prompt_of_row = [self.prompt_of_row[row] for row in rows]
         if self.cache is not None:
             self.cache.select(rows)
 
-    def restart(self) -> None:
-        if self.cache is not None:
-            self.cache = KVCache(self.model.cfg, len(self.origin), self.cache_dtype, self.longest)
-
 
 class RequestError(ValueError):
-    """A prompt that this model cannot continue as asked."""
+    """A prompt that this model cannot continue with these settings."""
 
 
-def _checked_prompts(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, how: Sampling) -> list[list[int]]:
+def _checked_prompts(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, sampling: Sampling) -> list[list[int]]:
     rows = [[int(i) for i in row] for row in prompts]
     if not rows:
         raise RequestError("prompts: expected at least one")
-    context, vocab = model.cfg.context, model.cfg.vocab_size
-    strange = [i for i in (*how.eos, *how.banned) if not 0 <= i < vocab]
-    if strange:
-        raise RequestError(f"eos and banned: expected ids of 0 to {vocab - 1}, got {strange[0]}")
-    for index, row in enumerate(rows, start=1):
+    context, vocab, new_tokens = model.cfg.context, model.cfg.vocab_size, sampling.max_new_tokens
+    illegal = [i for i in (*sampling.eos, *sampling.banned) if not 0 <= i < vocab]
+    if illegal:
+        raise RequestError(f"eos and banned: expected ids of 0 to {vocab - 1}, got {illegal[0]}")
+    room = {"error": new_tokens, "stop": min(1, new_tokens)}.get(sampling.overflow)  # None: windows slide
+    for number, row in enumerate(rows, start=1):
         if not row:
-            raise RequestError(f"prompt {index}: expected at least one token, got none")
+            raise RequestError(f"prompt {number}: expected at least one token, got none")
         if min(row) < 0 or max(row) >= vocab:
-            raise RequestError(f"prompt {index}: expected ids of 0 to {vocab - 1}, got {min(row)} to {max(row)}")
-        needed = len(row) + {"error": how.max_new_tokens, "stop": min(1, how.max_new_tokens), "slide": 0}[how.overflow]
-        if needed > context and how.overflow != "slide" and how.max_new_tokens:
-            asked = f"{len(row)} tokens and {how.max_new_tokens} new ones"
-            raise RequestError(f"prompt {index}: {asked} exceed the context of {context} (see overflow)")
+            raise RequestError(f"prompt {number}: expected ids of 0 to {vocab - 1}, got {min(row)} to {max(row)}")
+        if room and len(row) + room > context:
+            sizes = f"{len(row)} tokens and {new_tokens} new ones"
+            raise RequestError(f"prompt {number}: {sizes} exceed the context of {context} (see overflow)")
     return rows
 
 
-def _streams(rows: Sequence[Sequence[int]], seed: int | None) -> list[random.Random]:
-    """A source of random numbers for each row that depends on the seed, and among equal prompts on their order: so a
-    row gets the same text alone and in any batch, and a prompt given twice gets two."""
+def _random_streams(rows: Sequence[Sequence[int]], seed: int | None) -> list[random.Random]:
+    """A source of random numbers for each row, from the seed, the row and how many equal rows come before it: a row
+    gets the same text alone and in any batch, and a prompt given twice gets two."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    earlier: dict[tuple[int, ...], int] = {}
+    copies: dict[tuple[int, ...], int] = {}
     streams = []
     for row in map(tuple, rows):
-        streams.append(random.Random(f"{seed}/{earlier.setdefault(row, 0)}"))
-        earlier[row] += 1
+        streams.append(random.Random(f"{seed}/{copies.setdefault(row, 0)}"))
+        copies[row] += 1
     return streams
 
 
@@ -1148,95 +1143,108 @@ def _streams(rows: Sequence[Sequence[int]], seed: int | None) -> list[random.Ran
 def stream(
     model: GPT,
     prompts: Sequence[Sequence[int]] | Tensor,
+    sampling: Sampling | None = None,
     *,
     decode: Callable[[list[int]], str] | None = None,
     attn_mask: Tensor | MaskRule | None = None,
     cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
-    **params: Any,
+    **fields: Any,
 ) -> Iterator[Event]:
-    """Yield an Event for every new token, step by step, row by row. `params` are the fields of Sampling.
+    """Yield an Event for every new token, step by step, row by row.
 
+    sampling   how tokens are chosen; `fields` of Sampling replace its values
     decode     ids -> text; stop strings need it. The tokens of a stop string are yielded too; `generate` cuts them
     attn_mask  as in GPT.forward; it must cover prompt and new tokens
     use_cache  False recomputes the whole row for every token: the slow twin
     """
-    how = Sampling(**params)
-    _require(how.num_beams == 1, "beams cannot be streamed: a beam may still lose to another")
-    _require(decode is not None or not how.stop, "stop strings need decode=")
-    _require(attn_mask is None or how.overflow != "slide", "overflow: slide moves positions under a custom attn_mask")
-    rows = _checked_prompts(model, prompts, how)
-    request = _Request(model, rows, how, attn_mask, cache_dtype, use_cache)
-    filters = {name: getattr(how, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    streams, prompt_lengths = _streams(rows, how.seed), [len(row) for row in rows]
-    context, window_starts = model.cfg.context, [0] * len(rows)
-    if how.overflow == "slide":
+    sampling = replace(sampling or Sampling(), **fields)
+    if sampling.num_beams > 1:
+        raise ValueError("beams cannot be streamed: a beam may still lose to another")
+    if sampling.stop and decode is None:
+        raise ValueError("stop strings need decode=")
+    if attn_mask is not None and sampling.overflow == "slide":
+        raise ValueError("overflow: slide moves positions under a custom attn_mask")
+    rows, context = _checked_prompts(model, prompts, sampling), model.cfg.context
+    request = _Request(model, rows, sampling, attn_mask, cache_dtype, use_cache)
+    filters = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    streams, prompt_lengths = _random_streams(rows, sampling.seed), [len(row) for row in rows]
+    window_starts = [0] * len(rows)
+    if sampling.overflow == "slide":
         window_starts = [0 if len(row) <= context else len(row) - context // 2 for row in rows]
-    alive = list(range(len(rows)))
-    for step in range(how.max_new_tokens):
-        logits = request.logits([rows[row][window_starts[row] :] for row in alive])
-        logits = penalise(logits, [rows[row] for row in alive], step, how)
-        uniform = torch.tensor([streams[row].random() for row in alive], dtype=torch.float64)
-        finished = []
-        for place, (row, token) in enumerate(zip(alive, sample(logits, uniform, **filters).tolist(), strict=True)):
+    running = list(range(len(rows)))
+    for step in range(sampling.max_new_tokens):
+        logits = request.logits([rows[row][window_starts[row] :] for row in running])
+        logits = penalise(logits, [rows[row] for row in running], step, sampling)
+        uniform = torch.tensor([streams[row].random() for row in running], dtype=torch.float64)
+        unfinished = []  # indices into `running`
+        for index, (row, token) in enumerate(zip(running, sample(logits, uniform, **filters).tolist(), strict=True)):
             rows[row].append(token)
-            finish = _finish(rows[row], prompt_lengths[row], how, context, decode)
-            if finish:
-                finished.append(place)
+            finish = _finish_reason(rows[row], prompt_lengths[row], sampling, context, decode)
+            if not finish:
+                unfinished.append(index)
             yield Event(row, token, finish)
-        if finished:
-            kept = [place for place in range(len(alive)) if place not in finished]
-            alive = [alive[place] for place in kept]
-            if not alive:
+        if len(unfinished) < len(running):
+            running = [running[index] for index in unfinished]
+            if not running:
                 return
-            request.select(kept)
-        full = [row for row in alive if len(rows[row]) - window_starts[row] > context]
-        if full:  # only with overflow: slide. The last half of the full windows goes on, read once more from position 0
+            request.select(unfinished)
+        full = [row for row in running if len(rows[row]) - window_starts[row] > context]
+        if full:  # only with overflow: slide. The last half of a full window is computed again from position 0
             for row in full:
                 window_starts[row] = len(rows[row]) - context // 2
             request.restart()
 
 
-def _finish(row: list[int], prompt_length: int, how: Sampling, context: int, decode: Callable | None) -> str | None:
+def _finish_reason(
+    row: list[int], prompt_length: int, sampling: Sampling, context: int, decode: Callable | None
+) -> str | None:
     new_tokens = len(row) - prompt_length
-    if row[-1] in how.eos:
+    if row[-1] in sampling.eos:
         return "eos"
-    if how.stop:
+    if sampling.stop:
         # A stop string that ends with this token lies within as many tokens as it has bytes, each token having one.
-        reach = max(len(stop.encode()) for stop in how.stop) + 1
+        reach = max(len(stop.encode()) for stop in sampling.stop) + 1
         tail = decode(row[-min(reach, new_tokens) :])
-        if any(stop in tail for stop in how.stop):
+        if any(stop in tail for stop in sampling.stop):
             return "stop"
-    if new_tokens == how.max_new_tokens:
+    if new_tokens == sampling.max_new_tokens:
         return "length"
-    return "context" if how.overflow == "stop" and len(row) >= context else None
+    return "context" if sampling.overflow == "stop" and len(row) >= context else None
 
 
-def generate(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, **params: Any) -> list[list[int]]:
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    sampling: Sampling | None = None,
+    *,
+    decode: Callable[[list[int]], str] | None = None,
+    **options: Any,
+) -> list[list[int]]:
     """Rows of ids, prompt and continuation, each of its own length (`pad_rows` makes a tensor of them).
 
     Takes what `stream` takes. With num_beams > 1 the best beam of each row. eos is part of a row, a stop string is not.
     """
     rows = [[int(i) for i in row] for row in prompts]
-    if params.get("num_beams", 1) > 1:
-        params.pop("decode", None)  # only stop strings need it
-        return [beams[0].ids for beams in beam_search(model, rows, **params)]
+    fields = {name: options.pop(name) for name in list(options) if name in Sampling.__dataclass_fields__}
+    sampling = replace(sampling or Sampling(), **fields)
+    if sampling.num_beams > 1:
+        return [beams[0].ids for beams in beam_search(model, rows, sampling, **options)]
     starts = [len(row) for row in rows]
-    for row, token, finish in stream(model, rows, **params):
+    for row, token, finish in stream(model, rows, sampling, decode=decode, **options):
         rows[row].append(token)
         if finish == "stop":
-            rows[row][starts[row] :] = _without_stop(rows[row][starts[row] :], params["stop"], params["decode"])
+            rows[row][starts[row] :] = _without_stop(rows[row][starts[row] :], sampling.stop, decode)
     return rows
 
 
-def _without_stop(ids: list[int], stop: str | Sequence[str], decode: Callable[[list[int]], str]) -> list[int]:
+def _without_stop(ids: list[int], stop: Sequence[str], decode: Callable[[list[int]], str]) -> list[int]:
     """The longest run of tokens whose text ends before the first stop string begins."""
-    text, strings = decode(ids), (stop,) if isinstance(stop, str) else stop
-    begin = min(text.index(string) for string in strings if string in text)
-    kept = len(ids)
-    while kept and len(decode(ids[:kept])) > begin:
-        kept -= 1
-    return ids[:kept]
+    text, count = decode(ids), len(ids)
+    begin = min(text.index(string) for string in stop if string in text)
+    while count and len(decode(ids[:count])) > begin:
+        count -= 1
+    return ids[:count]
 
 
 class Beam(NamedTuple):
@@ -1248,89 +1256,91 @@ class Beam(NamedTuple):
 def beam_search(
     model: GPT,
     prompts: Sequence[Sequence[int]] | Tensor,
+    sampling: Sampling | None = None,
     *,
     attn_mask: Tensor | MaskRule | None = None,
     cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
-    **params: Any,
+    **fields: Any,
 ) -> list[list[Beam]]:
-    """The finished hypotheses of each prompt, best first. `params` are the fields of Sampling.
+    """The finished hypotheses of each prompt, best first. Settings as for `stream`.
 
-    Each step looks at the best candidates over beams x vocabulary: so many that `num_beams` of them can go on even if
+    Each step ranks the best candidates over beams x vocabulary: so many that `num_beams` of them can continue even if
     the rest are eos. A candidate that ends (by eos or by length) is pooled if it ranks within the first `num_beams`.
     """
-    how = Sampling(**params)
-    prompts = _checked_prompts(model, prompts, how)
-    request = _Request(model, prompts, how, attn_mask, cache_dtype, use_cache)
-    limits = [min(how.max_new_tokens, model.cfg.context - len(prompt)) for prompt in prompts]
+    sampling = replace(sampling or Sampling(), **fields)
+    prompts = _checked_prompts(model, prompts, sampling)
+    request = _Request(model, prompts, sampling, attn_mask, cache_dtype, use_cache)
+    limits = [min(sampling.max_new_tokens, model.cfg.context - len(prompt)) for prompt in prompts]
     pools: list[list[Beam]] = [[] for _ in prompts]  # finished hypotheses, best first
-    running = [[Beam(prompt, 0.0)] for prompt in prompts]  # scores here are plain sums of log p
-    alive = [row for row, limit in enumerate(limits) if limit > 0]
+    beams = [[Beam(prompt, 0.0)] for prompt in prompts]  # scores here are plain sums of log p
+    running = [row for row, limit in enumerate(limits) if limit > 0]
     for step in range(max(limits)):
-        if not alive:
+        if not running:
             break
-        beams = [beam for row in alive for beam in running[row]]
-        logits = penalise(request.logits([beam.ids for beam in beams]), [beam.ids for beam in beams], step, how)
-        log_p = logits.log_softmax(dim=-1)
-        parents, place = [], 0
-        for row in alive:
-            count = len(running[row])
-            candidates = _best_candidates(log_p[place : place + count], running[row], how)
+        ids = [beam.ids for row in running for beam in beams[row]]
+        log_p = penalise(request.logits(ids), ids, step, sampling).log_softmax(dim=-1)
+        parents, start = [], 0
+        for row in running:
+            count = len(beams[row])
+            candidates = _best_candidates(log_p[start : start + count], beams[row], sampling)
             last = step + 1 == limits[row]
-            onward, chosen = _advance(running[row], candidates, pools[row], how, step + 1, last)
-            if not candidates and not pools[row]:  # everything is banned: what there is has to do
-                pools[row] = [Beam(ids, score / max(1, step) ** how.length_penalty) for ids, score in running[row]]
-            stopped = not onward or _decided(onward, pools[row], how, step + 1, limits[row])
-            running[row] = [] if stopped else onward
-            parents += [] if stopped else [place + parent for parent in chosen]
-            place += count
-        alive = [row for row in alive if running[row]]
-        if alive:
+            following, chosen = _advance_beams(beams[row], candidates, pools[row], sampling, step + 1, last)
+            if not candidates and not pools[row]:  # everything is banned: return the beams as they are
+                pools[row] = [Beam(ids, total / max(1, step) ** sampling.length_penalty) for ids, total in beams[row]]
+            if following and not _can_stop(following, pools[row], sampling, step + 1, limits[row]):
+                beams[row] = following
+                parents += [start + parent for parent in chosen]
+            else:
+                beams[row] = []
+            start += count
+        running = [row for row in running if beams[row]]
+        if running:
             request.select(parents)
     return [pool or [Beam(prompt, 0.0)] for pool, prompt in zip(pools, prompts, strict=True)]
 
 
-def _best_candidates(log_p: Tensor, beams: list[Beam], how: Sampling) -> list[tuple[float, int, int]]:
+def _best_candidates(log_p: Tensor, beams: list[Beam], sampling: Sampling) -> list[tuple[float, int, int]]:
     """(summed log p, beam, token), best first, of log_p [beams, V]."""
     totals = log_p + torch.tensor([beam.score for beam in beams], device=log_p.device)[:, None]
-    count = max(2, 1 + len(how.eos)) * how.num_beams
+    count = max(2, 1 + len(sampling.eos)) * sampling.num_beams
     scores, flat = totals.flatten().topk(min(count, totals.numel()))
     vocab = log_p.shape[1]
     ranked = zip(scores.tolist(), flat.tolist(), strict=True)
     return [(score, index // vocab, index % vocab) for score, index in ranked if score > -math.inf]
 
 
-def _advance(
+def _advance_beams(
     beams: list[Beam],
     candidates: list[tuple[float, int, int]],
     pool: list[Beam],
-    how: Sampling,
+    sampling: Sampling,
     length: int,
     last: bool,
 ) -> tuple[list[Beam], list[int]]:
-    """Move the candidates that end to the pool; return the beams that go on and the places of their parents."""
-    onward, parents = [], []
+    """Move the candidates that end to the pool; return the beams that continue and the indices of their parents."""
+    following, parents = [], []
     for rank, (score, parent, token) in enumerate(candidates):
         ids = [*beams[parent].ids, token]
-        if last or token in how.eos:
-            if rank < how.num_beams:
-                pool.append(Beam(ids, score / length**how.length_penalty))
+        if last or token in sampling.eos:
+            if rank < sampling.num_beams:
+                pool.append(Beam(ids, score / length**sampling.length_penalty))
                 pool.sort(key=lambda beam: -beam.score)  # stable: of equal ones the earlier stays ahead
-                del pool[how.num_beams :]
-        elif len(onward) < how.num_beams:
-            onward.append(Beam(ids, score))
+                del pool[sampling.num_beams :]
+        elif len(following) < sampling.num_beams:
+            following.append(Beam(ids, score))
             parents.append(parent)
-    return onward, parents
+    return following, parents
 
 
-def _decided(beams: list[Beam], pool: list[Beam], how: Sampling, length: int, limit: int) -> bool:
-    """Whether a row can stop: its pool is full, and no running beam is expected to beat the worst in it."""
-    if len(pool) < how.num_beams:
+def _can_stop(beams: list[Beam], pool: list[Beam], sampling: Sampling, length: int, limit: int) -> bool:
+    """True if the pool is full and no running beam is expected to beat the worst in it."""
+    if len(pool) < sampling.num_beams:
         return False
-    if how.early_stopping is True:
+    if sampling.early_stopping is True:
         return True
-    reach = limit if how.early_stopping == "never" and how.length_penalty > 0 else length
-    return beams[0].score / reach**how.length_penalty <= pool[-1].score
+    reach = limit if sampling.early_stopping == "never" and sampling.length_penalty > 0 else length
+    return beams[0].score / reach**sampling.length_penalty <= pool[-1].score
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -1348,15 +1358,15 @@ def flops_per_token(
 
     causal    count the half of the attention scores that causality needs; False counts all seq_len x seq_len
     training  forward and backward (three times the forward)
-    used      share of the tokens that each layer computes, and that they attend to; None: all
+    used      fraction of the tokens that each layer computes, and that they attend to; None: all
     """
     q_size, kv_size = cfg.num_attention_heads * cfg.head_size, cfg.num_key_value_heads * cfg.head_size
     projections = cfg.hidden_size * (2 * q_size + 2 * kv_size)
     mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.hidden_size * cfg.intermediate_size
     layers = 0.0
-    for share in [1.0] * cfg.num_hidden_layers if used is None else used:
-        keys = share * seq_len
+    for fraction in [1.0] * cfg.num_hidden_layers if used is None else used:
+        keys = fraction * seq_len
         scores = 2 * q_size * ((keys + 1) / 2 if causal else keys)  # q k and p v
-        layers += share * (projections + mlp + scores)
+        layers += fraction * (projections + mlp + scores)
     forward = 2 * (layers + cfg.hidden_size * cfg.vocab_size)
     return forward * (3 if training else 1)
