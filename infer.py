@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from model import RequestError, Sampling, generate, stream
+from model import RequestError, generate, stream
 from nanoqwen.config import Config, check, load_config
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, escape_terminal, run_script, say
@@ -26,7 +27,7 @@ from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of, render_chat
 from nanoqwen.weights import CheckpointError, checkpoint_files, load_model
 
 RUNS = Path("runs")
-CHAT_HELP = "Ctrl-D ends, /reset forgets the conversation, Ctrl-C cuts an answer short"
+CHAT_HELP = "/help lists the commands, /reset forgets the conversation, Ctrl-C cuts an answer short, Ctrl-D ends"
 
 
 def write(text: str) -> None:
@@ -35,16 +36,16 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- prompts and model ------------------------------------------------------------------------------------------------
 
 
 def newest_run() -> Path:
     """The run folder under runs/ whose newest checkpoint is the youngest."""
     files = sorted(file for run in sorted(RUNS.glob("*")) for file in checkpoint_files(run))
-    found = {path.parents[2]: path.stat().st_mtime for path in files}
-    if not found:
+    ages = {path.parents[2]: path.stat().st_mtime for path in files}
+    if not ages:
         raise CheckpointError(f"no run under {RUNS}/: train one with `make train`, or name a source with --ckpt")
-    return max(found, key=found.__getitem__)
+    return max(ages, key=ages.__getitem__)
 
 
 def read_prompts(cfg: Config) -> list[str]:
@@ -72,7 +73,7 @@ def _read_stdin() -> str:
 
 
 class Session:
-    """A loaded model and how it is asked."""
+    """A loaded model with its tokenizer and settings."""
 
     def __init__(self, cfg: Config):
         check(cfg)
@@ -90,12 +91,12 @@ class Session:
         say(f"{source}: {size / 1e6:.1f} M parameters on {device} in {name} ({reason}), "
             f"loaded in {time.perf_counter() - started:.1f} s")  # fmt: skip
         vocab = self.model.cfg.vocab_size
-        self.sampling: Sampling = self.infer.sampling(
-            eos=tokenizer.stop_ids,
-            banned=range(tokenizer.n_vocab, vocab),  # rows of the embedding that pad it to a round size
-            seed=cfg.run.seed,
-        )
-        self.cache_dtype = None if self.infer.cache_dtype == "auto" else getattr(torch, self.infer.cache_dtype)
+        self.request: dict[str, Any] = {  # settings that follow from the model and the run
+            "eos": tokenizer.stop_ids,
+            "banned": range(tokenizer.n_vocab, vocab),  # rows of the embedding that pad it to a round size
+            "seed": cfg.run.seed,
+            "cache_dtype": None if self.infer.cache_dtype == "auto" else getattr(torch, self.infer.cache_dtype),
+        }
 
     def prompt_ids(self, prompt: str) -> list[int]:
         if self.infer.instruct:
@@ -109,24 +110,22 @@ class Session:
         return [*self.tokenizer.prefix, *ids]
 
     def pieces(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
-        """(row, printable text) as the rows are made; beams come as wholes. Leaves the speed in `self.note`."""
-        started, made = time.perf_counter(), 0
-        arguments = {name: getattr(self.sampling, name) for name in Sampling.__dataclass_fields__}
-        arguments |= {"cache_dtype": self.cache_dtype}
+        """(row, printable text) as the rows are made; beams come complete. Leaves the speed in `self.note`."""
+        started, new_tokens = time.perf_counter(), 0
         decoders = [StreamDecoder(self.tokenizer, self.infer.stop) for _ in prompts]
-        if self.sampling.num_beams > 1:
-            for row, ids in enumerate(generate(self.model, prompts, **arguments)):
-                new = ids[len(prompts[row]) :]
-                made += len(new)
-                yield row, decoders[row].feed(new)
+        if self.infer.num_beams > 1:
+            rows = generate(self.model, prompts, self.infer, **self.request)
+            new_ids = ((row, ids[len(prompts[row]) :]) for row, ids in enumerate(rows))
         else:
-            for event in stream(self.model, prompts, decode=self.tokenizer.decode, **arguments):
-                made += 1
-                yield event.row, decoders[event.row].feed([event.token])
+            events = stream(self.model, prompts, self.infer, decode=self.tokenizer.decode, **self.request)
+            new_ids = ((event.row, [event.token]) for event in events)
+        for row, ids in new_ids:
+            new_tokens += len(ids)
+            yield row, decoders[row].feed(ids)
         yield from ((row, decoder.flush()) for row, decoder in enumerate(decoders))
-        seconds = time.perf_counter() - started
-        read = sum(map(len, prompts))
-        self.note = f"{read} tokens read, {made} written in {seconds:.2f} s: {made / seconds:.1f} tokens/s"
+        seconds, prompt_tokens = time.perf_counter() - started, sum(map(len, prompts))
+        speed = f"{new_tokens / seconds:.1f} tokens/s"
+        self.note = f"{prompt_tokens} tokens read, {new_tokens} written in {seconds:.2f} s: {speed}"
 
 
 # --- one answer, many answers, a conversation -------------------------------------------------------------------------
@@ -153,9 +152,9 @@ def continue_prompts(session: Session, prompts: list[str]) -> None:
 
 
 def shaded(pieces: Sequence[tuple[str, int]], layers: int, colour: bool) -> str:
-    """A picture of a text: each piece on a grey that is the brighter, the more of the `layers` computed it.
+    """Each piece of a text on a grey that is brighter, the more of the `layers` computed it.
 
-    Without colour the number stands in brackets where it changes.
+    Without colour the number of layers stands in brackets where it changes.
     """
     out, last = "", None
     for text, used in pieces:
@@ -176,8 +175,7 @@ def show_routing(session: Session, prompts: list[str]) -> None:
         raise ConfigError("infer.show_routing: expected a model with routed layers, got a dense one")
     for prompt in prompts:
         start = session.prompt_ids(prompt)
-        how = {name: getattr(session.sampling, name) for name in Sampling.__dataclass_fields__}
-        (ids,) = generate(session.model, [start], decode=session.tokenizer.decode, **how)
+        (ids,) = generate(session.model, [start], session.infer, decode=session.tokenizer.decode, **session.request)
         counts = tokens_used(session.model, ids)
         pieces = [piece for piece in zip(pieces_of(session.tokenizer, ids), counts, strict=True) if piece[0]]
         sys.stdout.write(shaded(pieces, layers, colour) + "\n")
@@ -188,7 +186,7 @@ def show_routing(session: Session, prompts: list[str]) -> None:
 
 
 def chat(session: Session) -> None:
-    """Turns of user and assistant until the input ends. Ctrl-C cuts an answer short; what was said stays."""
+    """Turns of user and assistant until the input ends. Ctrl-C cuts an answer short; its beginning stays."""
     say(f"chat: {CHAT_HELP}")
     turns: list[dict[str, str]] = []
     while True:
@@ -199,12 +197,16 @@ def chat(session: Session) -> None:
             say("")
             return
         question = line.strip()
-        if question == "/reset":
+        if question == "/help":
+            say(CHAT_HELP)
+        elif question == "/reset":
             turns = []
+        elif question.startswith("/"):
+            say(f"({question.split()[0]}: no such command; /help lists them)")
         elif question:
-            asked = forget_oldest(session, [*turns, {"role": "user", "content": question}])
+            conversation = forget_oldest(session, [*turns, {"role": "user", "content": question}])
             try:
-                turns = [*asked, {"role": "assistant", "content": answer(session, asked)}]
+                turns = [*conversation, {"role": "assistant", "content": answer(session, conversation)}]
             except RequestError as error:
                 say(f"({error})")
 
@@ -225,13 +227,13 @@ def answer(session: Session, turns: list[dict[str, str]]) -> str:
 
 def forget_oldest(session: Session, turns: list[dict[str, str]]) -> list[dict[str, str]]:
     """Drop questions with their answers from the front until the rest leaves room for an answer."""
-    room = session.model.cfg.context - session.sampling.max_new_tokens
-    kept = turns
-    while len(kept) > 1 and len(session.conversation_ids(kept)) > room:
-        kept = kept[2:]
-    if len(kept) < len(turns):
-        say(f"(the context is full: the first {len(turns) - len(kept)} messages are forgotten)")
-    return kept
+    room = session.model.cfg.context - session.infer.max_new_tokens
+    remaining = turns
+    while len(remaining) > 1 and len(session.conversation_ids(remaining)) > room:
+        remaining = remaining[2:]
+    if len(remaining) < len(turns):
+        say(f"(the context is full: the first {len(turns) - len(remaining)} messages are forgotten)")
+    return remaining
 
 
 def main(argv: list[str]) -> None:

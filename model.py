@@ -18,8 +18,9 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from functools import cache, partial
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -42,9 +43,85 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_number(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(number and 0 < value < math.inf, f"{name}: expected a number > 0, got {value!r}")
+def require(holds: object, name: str, expected: str, got: object) -> None:
+    """Refuse the value of a field."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+class Bound(NamedTuple):
+    """The numbers that a field may hold, from `low` to `high`; an open end is not one of them."""
+
+    low: int
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def allows(self, number: float) -> bool:
+        above = self.low < number if self.open_low else self.low <= number
+        return above and (number < self.high if self.open_high else number <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'>' if self.open_low else '>='} {self.low}"
+        high = f"2**{self.high.bit_length() - 1}" if self.high >= 2**32 else self.high
+        return f"in {'(' if self.open_low else '['}{self.low}, {high}{')' if self.open_high else ']'}"
+
+
+Size, Count = Annotated[int, Bound(1)], Annotated[int, Bound(0)]
+TensorSize = Annotated[int, Bound(1, 2**40, open_high=True)]  # torch makes no larger tensors
+Positive, NonNegative = Annotated[float, Bound(0, open_low=True)], Annotated[float, Bound(0)]
+Fraction, OpenFraction = Annotated[float, Bound(0, 1)], Annotated[float, Bound(0, 1, open_low=True, open_high=True)]
+DropProbability = Annotated[float, Bound(0, 1, open_high=True)]  # at 1 nothing would be left
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, with its bound."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def describe(hint: Any) -> str:
+    """A type in the words of a person: `int >= 1 or auto`."""
+    words = {bool: "true|false", int: "int", float: "float", str: "text", NoneType: "null"}
+    kinds = []
+    for kind in alternatives(hint):
+        if get_origin(kind) is Annotated:
+            kinds.append(f"{words[get_args(kind)[0]]} {get_args(kind)[1]}")
+        elif get_origin(kind) is Literal:
+            kinds.append("|".join(get_args(kind)))
+        else:
+            kinds.append(
+                f"list of {describe(get_args(kind)[0])}" if get_origin(kind) is tuple else words.get(kind, "mapping")
+            )
+    return " or ".join(kinds)
+
+
+def check_fields(section: Any) -> None:
+    """Refuse a dataclass whose values leave their types or bounds. Rules between fields are in its __post_init__."""
+    for name, hint in field_types(type(section)).items():
+        value = getattr(section, name)
+        if not any(_is_a(value, kind) for kind in alternatives(hint)):
+            require(False, name, describe(hint), value)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _is_a(value, arguments[0]) and arguments[1].allows(value)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, arguments[0]) for item in value)
+    if kind in (int, float):  # NaN is in no interval; a boolean is no number here
+        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        return number and -math.inf < value < math.inf
+    return isinstance(value, origin or kind)
 
 
 @dataclass(frozen=True)
@@ -55,50 +132,38 @@ class RopeScaling:
     """
 
     rope_type: Literal["linear", "dynamic", "yarn", "llama3"]
-    factor: float = 1.0  # new context / original context
-    original_max_position_embeddings: int | None = None  # None: the model's max_position_embeddings
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn: dimensions that turn more often than this in the original context stay
-    beta_slow: float = 1.0  # yarn: those that turn less often are interpolated
-    attention_factor: float | None = None  # yarn: None derives it from the factor
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
+    factor: Annotated[float, Bound(1)] = 1.0  # new context / original context
+    original_max_position_embeddings: Size | None = None  # None: the model's max_position_embeddings
+    low_freq_factor: Positive = 1.0  # llama3
+    high_freq_factor: Positive = 4.0  # llama3
+    beta_fast: Positive = 32.0  # yarn: dimensions that turn more often than this in the original context stay
+    beta_slow: Positive = 1.0  # yarn: those that turn less often are interpolated
+    attention_factor: Positive | None = None  # yarn: None derives it from the factor
+    mscale: Positive | None = None  # yarn
+    mscale_all_dim: Positive | None = None  # yarn
     truncate: bool = True  # yarn: round the borders of the ramp to whole dimensions
 
     def __post_init__(self) -> None:
-        kinds = ("linear", "dynamic", "yarn", "llama3")
-        _require(self.rope_type in kinds, f"rope_type: expected one of {kinds}, got {self.rope_type!r}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            _require_number(f"rope_scaling.{name}", getattr(self, name))
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, name) is not None:
-                _require_number(f"rope_scaling.{name}", getattr(self, name))
-        _require(self.factor >= 1.0, f"rope_scaling.factor: expected >= 1, got {self.factor}")
-        original = self.original_max_position_embeddings
-        whole = original is None or (type(original) is int and original > 0)
-        _require(whole, f"original_max_position_embeddings: expected an integer > 0, got {original!r}")
-        _require(
-            self.high_freq_factor > self.low_freq_factor > 0,
-            f"expected high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and {self.low_freq_factor}",
-        )
+        check_fields(self)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(high > low, "high_freq_factor", f"above low_freq_factor {low}", high)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder. The defaults are Qwen2.5-0.5B; the names are those of a published `config.json`."""
 
-    vocab_size: int = 151_936
-    hidden_size: int = 896
-    intermediate_size: int = 4_864
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 14
-    num_key_value_heads: int = 2
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 32_768
-    rope_theta: float = 1_000_000.0
+    vocab_size: TensorSize = 151_936
+    hidden_size: TensorSize = 896
+    intermediate_size: TensorSize = 4_864
+    num_hidden_layers: TensorSize = 24
+    num_attention_heads: TensorSize = 14
+    num_key_value_heads: TensorSize = 2
+    head_dim: Size | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: TensorSize = 32_768
+    rope_theta: Annotated[float, Bound(1, open_low=True)] = 1_000_000.0
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-6  # of either kind of norm
+    rms_norm_eps: OpenFraction = 1e-6  # of either kind of norm
     tie_word_embeddings: bool = True
     qkv_bias: bool = True  # Qwen2: biases on q, k and v alone
     qk_norm: bool = False  # Qwen3: RMSNorm on each head of q and k
@@ -108,46 +173,23 @@ class ModelConfig:
     bias: bool = False  # GPT-2: biases on every linear layer and norm
     j_branch: bool = False  # a third residual branch: a LayerNorm beside the attention
     j_bias: bool = True  # its bias, which released weights of that family have
-    dropout: float = 0.0
+    dropout: DropProbability = 0.0
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-        for name in (*sizes.split(), "max_position_embeddings"):
-            value = getattr(self, name)
-            whole = type(value) is int and 0 < value < 2**40  # torch has no larger sizes to give
-            _require(whole, f"{name}: expected an integer > 0, got {value!r}")
-        for name in ("tie_word_embeddings", "qkv_bias", "qk_norm", "bias", "j_branch", "j_bias"):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), f"{name}: expected true or false, got {value!r}")
+        check_fields(self)
         heads, kv_heads, hidden = self.num_attention_heads, self.num_key_value_heads, self.hidden_size
         _require(
             heads % kv_heads == 0,
             f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})",
         )
-        if self.head_dim is None:
-            _require(
-                hidden % heads == 0,
-                f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) unless head_dim is given",
-            )
-        whole = self.head_dim is None or (type(self.head_dim) is int and self.head_dim > 0)
-        _require(whole, f"head_dim: expected an integer > 0, got {self.head_dim!r}")
+        _require(
+            self.head_dim is not None or hidden % heads == 0,
+            f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) unless head_dim is given",
+        )
         if self.positions == "rope":
-            _require(
-                self.head_size % 2 == 0, f"head_dim: expected an even number for rotary pairs, got {self.head_size}"
-            )
+            require(self.head_size % 2 == 0, "head_dim", "an even number for rotary pairs", self.head_size)
         else:
-            _require(self.rope_scaling is None, "rope_scaling: expected null with positions: learned")
-        _require_number("rope_theta", self.rope_theta)
-        _require(self.rope_theta > 1, f"rope_theta: expected > 1, got {self.rope_theta}")
-        _require(0 < self.rms_norm_eps < 1, f"rms_norm_eps: expected 0 < eps < 1, got {self.rms_norm_eps}")
-        _require(0 <= self.dropout < 1, f"dropout: expected 0 <= p < 1, got {self.dropout}")
-        for name, kinds in (
-            ("norm", ("rmsnorm", "layernorm")),
-            ("mlp", ("swiglu", "gelu")),
-            ("positions", ("rope", "learned")),
-        ):
-            value = getattr(self, name)
-            _require(value in kinds, f"{name}: expected one of {kinds}, got {value!r}")
+            require(self.rope_scaling is None, "rope_scaling", "null with positions: learned", self.rope_scaling)
 
     @property
     def head_size(self) -> int:
@@ -882,55 +924,52 @@ def _truncated_normal(parameter: Tensor, std: float) -> None:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How one request chooses its tokens. In this order, on fp32 logits: bans, repetition penalty, n-gram ban, minimum
+class SamplingOptions:
+    """How a person lets tokens be chosen. In this order, on fp32 logits: bans, repetition penalty, n-gram ban, minimum
     length, then temperature, top-k, top-p and min-p. Greedy and beams use everything up to the minimum length."""
 
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0  # eos is banned before that
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # keep exactly k, equal ones by id; 0: off
-    top_p: float = 1.0  # the fewest tokens that together have at least this probability; 1: off
-    min_p: float = 0.0  # keep what has at least this share of the largest probability; 0: off
-    repetition_penalty: float = 1.0  # for ids already in the row: l / r if l >= 0, else l * r
-    no_repeat_ngram_size: int = 0  # ban what would complete an n-gram already in the row; 0: off
-    num_beams: int = 1
+    max_new_tokens: Count = 128
+    min_new_tokens: Count = 0  # eos is banned before that
+    temperature: NonNegative = 1.0  # 0: greedy
+    top_k: Count = 0  # keep exactly k, equal ones by id; 0: off
+    top_p: NonNegative = 1.0  # the fewest tokens that together have at least this probability; 1: off
+    min_p: Fraction = 0.0  # keep what has at least this fraction of the largest probability; 0: off
+    repetition_penalty: Positive = 1.0  # for ids already in the row: l / r if l >= 0, else l * r
+    no_repeat_ngram_size: Count = 0  # ban what would complete an n-gram already in the row; 0: off
+    num_beams: Size = 1
     length_penalty: float = 1.0  # a beam's score is its summed log p / length**this
     early_stopping: bool | Literal["never"] = False
     overflow: Literal["error", "stop", "slide"] = "error"  # when prompt and new tokens exceed the context
+    stop: tuple[str, ...] = ()  # strings that end a row; one string or any sequence is taken too
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        check_fields(self)
+        require("" not in self.stop, "stop", "strings of at least one character", self.stop)
+        beams = self.num_beams > 1
+        _require(not (beams and self.stop), f"stop and num_beams ({self.num_beams}) cannot be combined")
+        _require(not (beams and self.overflow == "slide"), "overflow: slide and num_beams cannot be combined")
+
+
+@dataclass(frozen=True)
+class Sampling(SamplingOptions):
+    """How one request chooses its tokens: the options, and what only the caller knows."""
+
     eos: int | Iterable[int] | None = ()  # ids that end a row
     banned: Iterable[int] = ()  # ids that are never chosen, such as padding of the vocabulary
-    stop: Sequence[str] = ()  # strings that end a row
     seed: int | None = None  # None: drawn from torch's generator
 
     def __post_init__(self) -> None:
         eos = () if self.eos is None else (self.eos,) if isinstance(self.eos, int) else tuple(self.eos)
         object.__setattr__(self, "eos", eos)
         object.__setattr__(self, "banned", tuple(self.banned))
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name in ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram_size", "temperature", "top_p"):
-            value, kinds = getattr(self, name), (int, float) if name in ("temperature", "top_p") else int
-            _require(isinstance(value, kinds), f"{name}: expected a number, got {value!r}")
-            _require(value >= 0, f"{name}: expected >= 0, got {value}")  # a NaN fails every comparison
-        _require(math.isfinite(self.temperature), f"temperature: expected a finite number, got {self.temperature}")
-        _require(0 <= self.min_p <= 1, f"min_p: expected 0 to 1, got {self.min_p}")
-        _require(
-            0 < self.repetition_penalty < math.inf,
-            f"repetition_penalty: expected > 0, got {self.repetition_penalty}",
-        )
-        whole = isinstance(self.num_beams, int) and self.num_beams >= 1
-        _require(whole, f"num_beams: expected an integer >= 1, got {self.num_beams!r}")
-        _require(math.isfinite(self.length_penalty), f"length_penalty: expected a number, got {self.length_penalty}")
-        _require(
-            self.early_stopping is True or self.early_stopping is False or self.early_stopping == "never",
-            f"early_stopping: expected true, false or never, got {self.early_stopping!r}",
-        )
-        policies = ("error", "stop", "slide")
-        _require(self.overflow in policies, f"overflow: expected one of {policies}, got {self.overflow!r}")
-        _require("" not in self.stop, "stop: expected strings of at least one character")
-        beams = self.num_beams > 1
-        _require(not (beams and self.stop), f"stop and num_beams ({self.num_beams}) cannot be combined")
-        _require(not (beams and self.overflow == "slide"), "overflow: slide and num_beams cannot be combined")
+        super().__post_init__()
+
+
+def _merged(options: SamplingOptions | None, values: dict[str, Any]) -> Sampling:
+    """The options of a caller, with the values that are given by name in their place."""
+    own = vars(options or Sampling())
+    return Sampling(**{name: own[name] for name in Sampling.__dataclass_fields__ if name in own} | values)
 
 
 def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> Tensor:
@@ -1143,22 +1182,22 @@ def _random_streams(rows: Sequence[Sequence[int]], seed: int | None) -> list[ran
 def stream(
     model: GPT,
     prompts: Sequence[Sequence[int]] | Tensor,
-    sampling: Sampling | None = None,
+    options: SamplingOptions | None = None,
     *,
     decode: Callable[[list[int]], str] | None = None,
     attn_mask: Tensor | MaskRule | None = None,
     cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
-    **fields: Any,
+    **values: Any,
 ) -> Iterator[Event]:
     """Yield an Event for every new token, step by step, row by row.
 
-    sampling   how tokens are chosen; `fields` of Sampling replace its values
+    options    how tokens are chosen; `values` by the names of Sampling replace them
     decode     ids -> text; stop strings need it. The tokens of a stop string are yielded too; `generate` cuts them
     attn_mask  as in GPT.forward; it must cover prompt and new tokens
     use_cache  False recomputes the whole row for every token: the slow twin
     """
-    sampling = replace(sampling or Sampling(), **fields)
+    sampling = _merged(options, values)
     if sampling.num_beams > 1:
         raise ValueError("beams cannot be streamed: a beam may still lose to another")
     if sampling.stop and decode is None:
@@ -1216,32 +1255,31 @@ def _finish_reason(
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]] | Tensor,
-    sampling: Sampling | None = None,
+    options: SamplingOptions | None = None,
     *,
     decode: Callable[[list[int]], str] | None = None,
-    **options: Any,
+    **values: Any,
 ) -> list[list[int]]:
     """Rows of ids, prompt and continuation, each of its own length (`pad_rows` makes a tensor of them).
 
     Takes what `stream` takes. With num_beams > 1 the best beam of each row. eos is part of a row, a stop string is not.
     """
     rows = [[int(i) for i in row] for row in prompts]
-    fields = {name: options.pop(name) for name in list(options) if name in Sampling.__dataclass_fields__}
-    sampling = replace(sampling or Sampling(), **fields)
-    if sampling.num_beams > 1:
-        return [beams[0].ids for beams in beam_search(model, rows, sampling, **options)]
+    if values.get("num_beams", options.num_beams if options else 1) > 1:
+        return [beams[0].ids for beams in beam_search(model, rows, options, **values)]
     starts = [len(row) for row in rows]
-    for row, token, finish in stream(model, rows, sampling, decode=decode, **options):
+    for row, token, finish in stream(model, rows, options, decode=decode, **values):
         rows[row].append(token)
         if finish == "stop":
-            rows[row][starts[row] :] = _without_stop(rows[row][starts[row] :], sampling.stop, decode)
+            stop = values.get("stop", options.stop if options else ())
+            rows[row][starts[row] :] = _without_stop(rows[row][starts[row] :], stop, decode)
     return rows
 
 
-def _without_stop(ids: list[int], stop: Sequence[str], decode: Callable[[list[int]], str]) -> list[int]:
+def _without_stop(ids: list[int], stop: str | Sequence[str], decode: Callable[[list[int]], str]) -> list[int]:
     """The longest run of tokens whose text ends before the first stop string begins."""
-    text, count = decode(ids), len(ids)
-    begin = min(text.index(string) for string in stop if string in text)
+    text, count, strings = decode(ids), len(ids), (stop,) if isinstance(stop, str) else stop
+    begin = min(text.index(string) for string in strings if string in text)
     while count and len(decode(ids[:count])) > begin:
         count -= 1
     return ids[:count]
@@ -1256,19 +1294,19 @@ class Beam(NamedTuple):
 def beam_search(
     model: GPT,
     prompts: Sequence[Sequence[int]] | Tensor,
-    sampling: Sampling | None = None,
+    options: SamplingOptions | None = None,
     *,
     attn_mask: Tensor | MaskRule | None = None,
     cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
-    **fields: Any,
+    **values: Any,
 ) -> list[list[Beam]]:
     """The finished hypotheses of each prompt, best first. Settings as for `stream`.
 
     Each step ranks the best candidates over beams x vocabulary: so many that `num_beams` of them can continue even if
     the rest are eos. A candidate that ends (by eos or by length) is pooled if it ranks within the first `num_beams`.
     """
-    sampling = replace(sampling or Sampling(), **fields)
+    sampling = _merged(options, values)
     prompts = _checked_prompts(model, prompts, sampling)
     request = _Request(model, prompts, sampling, attn_mask, cache_dtype, use_cache)
     limits = [min(sampling.max_new_tokens, model.cfg.context - len(prompt)) for prompt in prompts]

@@ -1,7 +1,7 @@
 """config.yaml <-> dataclasses, strictly: what is not understood is refused, in one line that says where.
 
-Each scalar of the file is resolved by the type of the field it lands in, never by YAML 1.1's own rules, under
-which `3e-4` is a string, `on` is True, `010` is 8, `12:30` is 750 and the second of two equal keys wins.
+Values are read by the core schema of YAML 1.2. Under YAML 1.1, which PyYAML reads by itself, `3e-4` is a string, `on`
+is True, `010` is 8, `12:30` is 750 and the second of two equal keys wins.
 A new key is one more field of a section's dataclass and one more commented line of config.yaml.
 """
 
@@ -11,26 +11,46 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
+import torch
 import yaml
 
-from model import ModelConfig, Sampling
+from model import (
+    Bound,
+    Count,
+    Fraction,
+    ModelConfig,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    SamplingOptions,
+    Size,
+    alternatives,
+    check_fields,
+    describe,
+    field_types,
+    require,
+)
 from nanoqwen.errors import ConfigError
 from nanoqwen.lora import LoraConfig
 from nanoqwen.routing import RoutingConfig, routed_layers
 
 DEFAULT_FILE = Path(__file__).parents[1] / "config.yaml"
+FREE_TEXT = {("infer", "prompt"), ("infer", "stop")}  # lists whose items may look like a list themselves
+HELP_WIDTH, HELP_COLUMN = 100, 36  # columns of `--help`, and where its comments begin
 
 
-def require(holds: object, name: str, expected: str, got: object) -> None:
-    """Of a key of a configuration."""
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+# --- the sections ----------------------------------------------------------------------------------------------
+#
+# config.yaml decides what a run gets. The defaults below are for those who import a class and construct it by hand, as
+# the tests do; a test holds them equal to config.yaml. What configuration alone constructs (RunConfig, LogConfig,
+# EvalConfig) has none. Types and bounds are in the annotations, rules between fields in __post_init__.
 
 
 def weighted(source: str) -> tuple[str, float | None]:
@@ -42,92 +62,82 @@ def weighted(source: str) -> tuple[str, float | None]:
         return source, None
 
 
+def check_unweighted(train: tuple[str, ...], val: tuple[str, ...]) -> None:
+    """Of sections whose sources are not a mixture."""
+    require(train and all(train), "train", "at least one source", train)
+    require(all(val), "val", "sources", val)
+    with_weight = next((name for name in (*train, *val) if weighted(name)[1] is not None), None)
+    require(with_weight is None, "train", "sources without weights", with_weight)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     tokenizer: str = "auto"
     train: tuple[str, ...] = ("builtin:python",)
     val: tuple[str, ...] = ()
-    val_fraction: float = 0.05
+    val_fraction: OpenFraction = 0.05
     text_key: str = "text"
     split: str = "train"
     streaming: bool = False
     isolate_documents: bool = False
     on_error: Literal["stop", "skip"] = "stop"
-    workers: int = 0
+    workers: Count = 0
     cache_dir: str = ".cache"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         weights = [weight for _, weight in map(weighted, self.train)]
         require(self.train, "train", "at least one source", "none")
         require(all(name for name, _ in map(weighted, self.train)) and all(self.val), "train", "sources", "''")
         for source, weight in zip(self.train, weights, strict=True):
             require(weight is None or 0 < weight < math.inf, "train", "a weight above 0 and finite", source)
-        require(
-            len({weight is None for weight in weights}) < 2, "train", "a weight for each source or none", self.train
-        )
+        mixed = len({weight is None for weight in weights}) > 1
+        require(not mixed, "train", "a weight for each source or none", self.train)
         require(len(weights) <= 32 or weights[0] is None, "train", "at most 32 weighted sources", len(weights))
-        plain = next((name for name in self.val if weighted(name)[1] is not None), None)
-        require(plain is None, "val", "sources without weights", plain)
-        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        require(self.workers >= 0, "workers", "0 (all cores) or more", self.workers)
+        with_weight = next((name for name in self.val if weighted(name)[1] is not None), None)
+        require(with_weight is None, "val", "sources without weights", with_weight)
 
 
 @dataclass(frozen=True)
 class ChatConfig:
     train: tuple[str, ...] = ("builtin:docstrings",)
     val: tuple[str, ...] = ()
-    val_fraction: float = 0.05
+    val_fraction: OpenFraction = 0.05
     split: str = "train"
     on_error: Literal["stop", "skip"] = "stop"
-    limit: int = 0
+    limit: Count = 0
     system: str | None = None
     pack: bool = True
 
     def __post_init__(self) -> None:
-        require(self.train and all(self.train), "train", "at least one source", self.train)
-        require(all(self.val), "val", "sources", self.val)
-        plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
-        require(plain is None, "train", "sources without weights", plain)
-        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        require(self.limit >= 0, "limit", "0 (all) or more", self.limit)
+        check_fields(self)
+        check_unweighted(self.train, self.val)
 
 
 @dataclass(frozen=True)
 class ContrastConfig:
     train: tuple[str, ...] = ("builtin:injections",)
     val: tuple[str, ...] = ()
-    val_fraction: float = 0.1
+    val_fraction: OpenFraction = 0.1
     split: str = "train"
-    max_bad_rows: int = 0
-    limit: int = 0
+    max_bad_rows: Count = 0
+    limit: Count = 0
     loss: Literal["infonce", "margin", "linear"] = "infonce"
-    weight: float = 0.1
-    temperature: float = 0.07
-    margin_benign: float = 0.9
-    margin_injection: float = 0.2
-    head_size: int = 256
-    weight_benign: float = 1.0
-    weight_cf: float = 0.5
-    weight_injection: float = 1.0
-    eval_rows: int = 60
-    answer_tokens: int = 24
+    weight: NonNegative = 0.1
+    temperature: Positive = 0.07
+    margin_benign: Annotated[float, Bound(-1, 1)] = 0.9
+    margin_injection: Annotated[float, Bound(-1, 1)] = 0.2
+    head_size: Size = 256
+    weight_benign: NonNegative = 1.0
+    weight_cf: NonNegative = 0.5
+    weight_injection: NonNegative = 1.0
+    eval_rows: Size = 60
+    answer_tokens: Size = 24
 
     def __post_init__(self) -> None:
-        require(self.train and all(self.train), "train", "at least one source", self.train)
-        require(all(self.val), "val", "sources", self.val)
-        plain = next((name for name in (*self.train, *self.val) if weighted(name)[1] is not None), None)
-        require(plain is None, "train", "sources without weights", plain)
-        require(0 < self.val_fraction < 1, "val_fraction", "above 0 and below 1", self.val_fraction)
-        for name in ("max_bad_rows", "limit"):
-            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        for name in ("weight", "weight_benign", "weight_cf", "weight_injection"):
-            require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
-        require(self.weight_benign + self.weight_cf + self.weight_injection > 0, "weight_benign", "a weight above 0", 0)
-        require(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
-        for name in ("margin_benign", "margin_injection"):
-            require(-1 <= getattr(self, name) <= 1, name, "a cosine, -1 to 1", getattr(self, name))
-        for name in ("head_size", "eval_rows", "answer_tokens"):
-            require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        check_fields(self)
+        check_unweighted(self.train, self.val)
+        require(sum(self.stream_weights) > 0, "weight_benign", "a weight above 0", 0)
 
     @property
     def stream_weights(self) -> tuple[float, float, float]:
@@ -136,83 +146,61 @@ class ContrastConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    seed: int = 1337
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    dir: str = "auto"
-    resume: str = "auto"
-    overwrite: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    keep: int = 2
-    save_every: int = 400
-    allow_change: tuple[str, ...] = ()
+    seed: Annotated[int, Bound(0, 2**63, open_high=True)]
+    device: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    dir: str
+    resume: str
+    overwrite: bool
+    parallel: Literal["ddp", "fsdp"]
+    keep: Size
+    save_every: Size
+    allow_change: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", "0 .. 2**63 - 1", self.seed)
+        check_fields(self)
         known = re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", self.device)
         require(known, "device", "auto, cpu, mps, cuda or cuda:N", self.device)
         require(self.dir.strip(), "dir", "a folder", self.dir)
-        require(self.keep >= 1, "keep", "1 or more", self.keep)
-        require(self.save_every >= 1, "save_every", "1 or more", self.save_every)
         require(not self.overwrite or self.resume == "never", "overwrite", "resume never beside it", self.resume)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1200
-    seq_len: int = 128
-    batch_tokens: int = 1024
-    micro_batch: int | Literal["auto"] = "auto"
+    steps: Size = 1200
+    seq_len: Size = 128
+    batch_tokens: Size = 1024
+    micro_batch: Size | Literal["auto"] = "auto"
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 4e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    lr: Positive = 4e-3
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip: Positive = 1.0
     schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "cosine"
-    warmup_steps: int = 60
-    decay_share: float = 0.2
-    floor: float = 0.1
-    plateau_factor: float = 0.5
-    plateau_patience: int = 2
-    plateau_threshold: float = 1e-3
-    plateau_cooldown: int = 0
-    z_loss: float = 0.0
+    warmup_steps: Count = 60
+    decay_share: Fraction = 0.2
+    floor: Fraction = 0.1
+    plateau_factor: OpenFraction = 0.5
+    plateau_patience: Count = 2
+    plateau_threshold: Positive = 1e-3
+    plateau_cooldown: Count = 0
+    z_loss: NonNegative = 0.0
     checkpoint_activations: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
-    eval_every: int = 400
-    eval_tokens: int = 32_768
-    log_every: int = 50
-    sample_tokens: int = 100
-    skip_limit: int = 5
-    patience: int = 0
+    eval_every: Size = 400
+    eval_tokens: Size = 32_768
+    log_every: Size = 50
+    sample_tokens: Count = 100
+    skip_limit: Count = 5
+    patience: Count = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "batch_tokens", "eval_every", "eval_tokens", "log_every"):
-            require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        for name in (
-            "warmup_steps",
-            "sample_tokens",
-            "weight_decay",
-            "z_loss",
-            "skip_limit",
-            "plateau_patience",
-            "patience",
-        ):
-            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        for name in ("lr", "eps", "clip", "plateau_threshold"):
-            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("beta1", "beta2", "decay_share", "floor"):
-            require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
-        require(0 < self.plateau_factor < 1, "plateau_factor", "between 0 and 1", self.plateau_factor)
-        require(self.plateau_cooldown >= 0, "plateau_cooldown", "0 or more", self.plateau_cooldown)
+        check_fields(self)
         require(self.warmup_steps <= self.steps, "warmup_steps", f"at most steps {self.steps}", self.warmup_steps)
-        rows = self.batch_tokens % self.seq_len
-        require(rows == 0, "batch_tokens", f"a multiple of seq_len {self.seq_len}", self.batch_tokens)
-        require(
-            self.micro_batch == "auto" or self.micro_batch >= 1, "micro_batch", "auto or 1 and more", self.micro_batch
-        )
+        whole_rows = self.batch_tokens % self.seq_len == 0
+        require(whole_rows, "batch_tokens", f"a multiple of seq_len {self.seq_len}", self.batch_tokens)
 
     @property
     def rows(self) -> int:
@@ -225,93 +213,74 @@ class FinetuneConfig(TrainConfig):
     base_ckpt: str | None = None
     objective: Literal["sft", "contrast"] = "sft"
     show_data: bool = False
-    steps: int = 400
-    seq_len: int = 256
-    batch_tokens: int = 2048
-    lr: float = 2e-3
+    steps: Size = 400
+    seq_len: Size = 256
+    batch_tokens: Size = 2048
+    lr: Positive = 2e-3
     schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "plateau"
-    weight_decay: float = 0.0
-    warmup_steps: int = 20
-    eval_every: int = 50
-    log_every: int = 20
-    patience: int = 6
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Count = 20
+    eval_every: Size = 50
+    log_every: Size = 20
+    patience: Count = 6
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    wandb: Literal["off", "online", "offline"] = "off"
-    project: str = "nanoqwen"
-    name: str | None = None
+    wandb: Literal["off", "online", "offline"]
+    project: str
+    name: str | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
-class InferConfig:
+class InferConfig(SamplingOptions):
+    temperature: NonNegative = 0.8
+    top_p: Positive = 0.95
     ckpt: str | None = None
     prompt: tuple[str, ...] = ()
     prompt_file: str | None = None
     instruct: bool = False
     chat: bool = False
     system: str | None = None
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    stop: tuple[str, ...] = ()
-    num_samples: int = 1
+    num_samples: Size = 1
     stream: bool = True
-    overflow: Literal["error", "stop", "slide"] = "error"
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     allow_special: bool = False
     allow_mismatch: bool = False
     show_routing: bool = False
 
     def __post_init__(self) -> None:
-        self.sampling()
-        require(self.top_p > 0, "top_p", "above 0 (1: off)", self.top_p)
-        require(self.num_samples >= 1, "num_samples", "1 or more", self.num_samples)
+        super().__post_init__()
         enough = self.min_new_tokens <= self.max_new_tokens
         require(enough, "min_new_tokens", f"at most max_new_tokens {self.max_new_tokens}", self.min_new_tokens)
-        used = self.chat or self.instruct or self.system is None
-        require(used, "system", "chat or instruct beside it", self.system)
-
-    def sampling(self, **more: Any) -> Sampling:
-        """The part that chooses tokens, which has its own checks; `more` is what only the caller knows (eos, seed)."""
-        shared = {field.name for field in fields(Sampling)} & {field.name for field in fields(self)}
-        return Sampling(**{name: getattr(self, name) for name in shared}, **more)
+        has_template = self.chat or self.instruct or self.system is None
+        require(has_template, "system", "chat or instruct beside it", self.system)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    ckpt: str | None = None
-    suite: Literal["heldout", "injection"] | None = None
-    tasks: tuple[str, ...] = ()
-    data: tuple[str, ...] = ()
-    limit: int | None = None
-    seq_len: int | None = None
-    calibrate: bool = False
-    include_path: str | None = None
-    num_fewshot: int | None = None
-    chat: bool = False
-    batch_tokens: int = 8192
-    base: str | None = None
-    answer_tokens: int = 24
-    output: str | None = None
+    ckpt: str | None
+    suite: Literal["heldout", "injection"] | None
+    tasks: tuple[str, ...]
+    data: tuple[str, ...]
+    limit: Count | None
+    seq_len: Size | None
+    calibrate: bool
+    include_path: str | None
+    num_fewshot: Count | None
+    chat: bool
+    batch_tokens: Size
+    base: str | None
+    answer_tokens: Size
+    output: str | None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(all(self.data), "data", "sources", self.data)
         require(all(self.task_names), "tasks", "names, one per option or with commas between them", self.tasks)
-        require((self.limit or 0) >= 0, "limit", "0 (all) or more", self.limit)
-        require(self.seq_len is None or self.seq_len >= 1, "seq_len", "1 or more", self.seq_len)
-        require((self.num_fewshot or 0) >= 0, "num_fewshot", "0 or more", self.num_fewshot)
-        require(self.batch_tokens >= 1, "batch_tokens", "1 or more", self.batch_tokens)
-        require(self.answer_tokens >= 1, "answer_tokens", "1 or more", self.answer_tokens)
 
     @property
     def task_names(self) -> list[str]:
@@ -335,23 +304,22 @@ class Config:
     eval: EvalConfig
 
 
-def load_config(argv: Sequence[str], section: str, path: Path | None = None, usage: str | None = None) -> Config:
-    """Dataclass defaults < file < preset < command line.
+# --- the configuration of a script -----------------------------------------------------------------------------
 
-    `argv` is without the program's name; a bare `--key` is a key of `section`, else of `run`. Without a file in
-    `argv` it is `path`, else the config.yaml beside this module. `--help` prints and leaves with 0.
+
+def load_config(argv: Sequence[str], section: str, usage: str | None = None) -> Config:
+    """config.yaml < the YAML file in `argv` < its --preset < its other options.
+
+    `argv` is without the program's name; a bare `--key` is a key of `section`, else of `run`. `--help` prints and
+    leaves with 0.
     """
-    default_file = path or DEFAULT_FILE
     if not {"-h", "--help"}.isdisjoint(argv):
-        print(help_text(section, usage, default_file), flush=True)
+        print(help_text(section, usage, everything="all" in argv), flush=True)
         raise SystemExit(0)
     file, options = _read_argv(argv, section)
-    values = _read_file(file or default_file)
-    presets = values.pop("presets", {})
+    values, presets = _read_files(file)
     preset = options.pop("preset", None)
     if preset is not None:
-        if preset not in presets and file is not None:  # a file of one's own may still name a shipped preset
-            presets = _read_file(default_file).get("presets", {}) | presets
         if preset not in presets:
             raise ConfigError(f"--preset: {_unknown(preset, presets, 'preset')}")
         values = _merge(values, presets[preset])
@@ -362,30 +330,55 @@ def load_config(argv: Sequence[str], section: str, path: Path | None = None, usa
     return cfg
 
 
+def _read_files(file: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(values of config.yaml with those of a person's own file over them, the presets of both)"""
+    values, own = _read_file(DEFAULT_FILE), {} if file is None else _read_file(file)
+    presets = values.pop("presets", {}) | own.pop("presets", {})
+    values = _merge(values, own)
+    values["finetune"] = values.get("train", {}) | values.get("finetune", {})
+    return values, presets
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins, key by key, also inside the mappings that both have."""
+    both = {k: _merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | over | both
+
+
+def _build(cls: type, values: dict[str, Any], path: str = "") -> Any:
+    """The dataclass of typed values; what its own checks refuse is reported under its section."""
+    optional = {field.name for field in fields(cls) if "." in path and field.default is not MISSING}
+    arguments = {}
+    for field, hint in field_types(cls).items():
+        name = f"{path}.{field}".lstrip(".")
+        if field in values:
+            value = values[field]
+            value = _build(_section(hint), value, name) if isinstance(value, dict) else value
+            arguments[field] = tuple(value) if isinstance(value, list) else value
+        elif field not in optional:  # config.yaml is complete: a default of a section's class never serves a run
+            raise ConfigError(f"{name}: expected {describe(hint)}, got nothing")
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def preset_names() -> list[str]:
     """The shipped ones, as they stand in config.yaml."""
     return list(_read_file(DEFAULT_FILE)["presets"])
 
 
 def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> None:
-    """Refuses what no section sees alone, and what this machine lacks, before anything is allocated.
+    """Refuse what no section sees alone, and what this machine lacks, before anything is allocated.
 
     loop: the section of the script, where it is not `train`
     """
-    import torch  # here, so that reading a configuration asks nothing of a device
-
-    kind, _, index = cfg.run.device.partition(":")
-    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind in present and int(index or 0) >= present[kind]:
-        raise ConfigError(f"run.device: expected a device of this machine, got {cfg.run.device!r} (try auto)")
-    on_cpu = kind == "cpu" or (kind == "auto" and not any(present.values()))
-    if on_cpu and cfg.run.dtype == "float16":
-        raise ConfigError(f"run.dtype: float16 needs a GPU, got run.device {cfg.run.device!r} (try float32)")
+    check_device(cfg.run)
     if world_size < 1:
         raise ConfigError(f"world size: expected 1 or more, got {world_size}")
     loop = loop or cfg.train
     if world_size > 1 and cfg.run.parallel == "fsdp" and loop.optimizer == "muon":
-        raise ConfigError("run.parallel: fsdp cuts the matrices that optimizer muon needs whole (try ddp)")
+        raise ConfigError("run.parallel: fsdp shards the matrices that optimizer muon needs whole (try ddp)")
     check_rows(loop, world_size, "train" if loop is cfg.train else "finetune")
     if loop is cfg.train:  # else the model comes from a checkpoint
         check_context(loop, cfg.model)
@@ -395,10 +388,20 @@ def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> 
             raise ConfigError(f"routing.kind {cfg.routing.kind}: {error}") from None
 
 
+def check_device(run: RunConfig) -> None:
+    kind, _, index = run.device.partition(":")
+    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind in present and int(index or 0) >= present[kind]:
+        raise ConfigError(f"run.device: expected a device of this machine, got {run.device!r} (try auto)")
+    on_cpu = kind == "cpu" or (kind == "auto" and not any(present.values()))
+    if on_cpu and run.dtype == "float16":
+        raise ConfigError(f"run.dtype: float16 needs a GPU, got run.device {run.device!r} (try float32)")
+
+
 def check_rows(loop: TrainConfig, world_size: int, section: str) -> None:
     if loop.rows % world_size:
         rows = f"{loop.rows} rows of {loop.seq_len} tokens"
-        raise ConfigError(f"{section}.batch_tokens: {rows} a step cannot be shared by {world_size} ranks")
+        raise ConfigError(f"{section}.batch_tokens: {rows} per step cannot be divided among {world_size} ranks")
 
 
 def check_context(loop: TrainConfig, model: ModelConfig) -> None:
@@ -406,90 +409,188 @@ def check_context(loop: TrainConfig, model: ModelConfig) -> None:
         raise ConfigError(f"seq_len: expected at most the model's context of {model.context}, got {loop.seq_len}")
 
 
-# --- the file --------------------------------------------------------------------------------------------------
+# --- YAML ------------------------------------------------------------------------------------------------------
+
+
+def _int(text: str) -> float:
+    return int(text) if math.isfinite(float(text)) else math.inf  # Python refuses to read thousands of digits
+
+
+_TAG = "tag:yaml.org,2002:"
+_WHOLE = r"0|[1-9][0-9]*(_[0-9]+)*"
+# The core schema of YAML 1.2, without octal, hexadecimal, .inf and .nan: (type, pattern, first characters, reader).
+CORE_SCHEMA = (
+    ("bool", r"true|True|false|False", "tTfF", lambda text: text in ("true", "True")),
+    ("null", r"|~|null|Null|NULL", ["", *"~nN"], lambda text: None),
+    ("int", rf"[-+]?({_WHOLE})", "-+0123456789", _int),
+    ("float", rf"[-+]?(({_WHOLE})(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", "-+.0123456789", float),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # in place of YAML 1.1's
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if getattr(event, "tag", None):
+            raise yaml.composer.ComposerError(None, None, "tags are refused", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: ClassVar[
+        dict
+    ] = {}  # so that a text is quoted where `_Loader` would take it for something else
+
+
+for _type, _pattern, _first, _ in CORE_SCHEMA:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _type, re.compile(f"(?:{_pattern})$"), _first)
+_Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence(_TAG + "seq", items, flow_style=True))
+
+
+def plain_scalar(text: str) -> Any:
+    """The value of a word without quotes: a boolean, null, a number, else the text itself."""
+    return next((read(text) for _, pattern, _, read in CORE_SCHEMA if re.fullmatch(pattern, text)), text)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """A file as nested dictionaries, whatever its keys: for reading what `dump` wrote."""
+    try:
+        values = _Loader("").construct_document(_compose(*_read_text(path)))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: expected a mapping, got {type(values).__name__}")
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}"""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """All values by section, as they come back from YAML or JSON: lists for tuples."""
+    return json.loads(json.dumps(asdict(cfg)))
+
+
+def dump(cfg: Config) -> str:
+    """All keys as YAML, from which load_config makes an equal Config."""
+    return yaml.dump(to_dict(cfg), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     """The typed values of a file by section, and its `presets`, each a partial Config of the same grammar."""
-    hints = get_type_hints(Config) | {"presets": dict[str, Config]}
-    return _read_mapping(_compose(path), hints, "", str(path))
+    hints = field_types(Config) | {"presets": dict[str, Config]}
+    return _read_mapping(_compose(*_read_text(path)), hints, "", str(path))
 
 
-def _compose(path: Path) -> yaml.Node:
-    """The file as a tree of nodes that know their lines; no value is constructed."""
+def _read_text(path: Path) -> tuple[str, str]:
+    """(text, name) of a UTF-8 file."""
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8")
-        if text.startswith("\ufeff"):
-            raise ConfigError(f"{path}:1: expected plain UTF-8, got a byte-order mark")
-        root = yaml.compose(text, Loader=yaml.BaseLoader)  # first: it gives up where brackets nest without end
-        for event in yaml.parse(text, Loader=yaml.BaseLoader):
-            if getattr(event, "tag", None):
-                raise ConfigError(f"{path}:{event.start_mark.line + 1}: tags are refused, got {_clipped(event.tag)}")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: expected UTF-8 text, got byte {raw[error.start]:#04x}") from None
+    if text.startswith("\ufeff"):
+        raise ConfigError(f"{path}:1: expected plain UTF-8, got a byte-order mark")
+    return text, str(path)
+
+
+def _compose(text: str, name: str) -> yaml.Node:
+    """YAML as a tree of nodes that know their lines; no value is constructed."""
+    try:
+        root = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{path}:{line}: expected text, got control character {error.character:#x}") from None
+        raise ConfigError(f"{name}:{line}: expected text, got control character {error.character:#x}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         reason = " ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{path}:{line}: not valid YAML: {reason}") from None
+        raise ConfigError(f"{name}:{line}: not valid YAML: {reason}") from None
     except (RecursionError, ValueError, OverflowError) as error:  # nesting, escapes or a version without end
-        raise ConfigError(f"{path}:1: not valid YAML: {error}") from None
+        raise ConfigError(f"{name}:1: not valid YAML: {error}") from None
     if root is None:
-        raise ConfigError(f"{path}:1: expected a mapping of sections, got an empty file")
+        raise ConfigError(f"{name}:1: expected a mapping of sections, got an empty file")
     return root
 
 
-def _read_mapping(node: yaml.Node, hints: dict[str, Any], name: str, file: str, other: Any = None) -> dict[str, Any]:
+def _read_mapping(node: yaml.Node, hints: dict[str, Any], path: str, file: str, other: Any = None) -> dict[str, Any]:
     """Typed values of a mapping whose keys are those of `hints`, or any key where there is a type for `other`."""
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{_at(node, name, file)}: expected a mapping, got {_shown(node)}")
+        raise ConfigError(f"{_at(node, path, file)}: expected a mapping, got {_shown(node)}")
     values: dict[str, Any] = {}
     for key, child in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{_at(key, name, file)}: expected a key, got {_shown(key)}")
-        path = f"{name}.{key.value}".lstrip(".")
+            raise ConfigError(f"{_at(key, path, file)}: expected a key, got {_shown(key)}")
+        name = f"{path}.{key.value}".lstrip(".")
         hint = hints.get(key.value, other)
         if hint is None:
-            raise ConfigError(f"{_at(key, path, file)}: {_unknown(key.value, hints)}")
+            raise ConfigError(f"{_at(key, name, file)}: {_unknown(key.value, hints)}")
         if key.value in values:
-            raise ConfigError(f"{_at(key, path, file)}: key comes twice")
-        values[key.value] = _read(child, hint, path, file)
+            raise ConfigError(f"{_at(key, name, file)}: key comes twice")
+        values[key.value] = _read(child, hint, name, file)
     return values
 
 
-def _read(node: yaml.Node, hint: Any, name: str, file: str) -> Any:
+def _read(node: yaml.Node, hint: Any, path: str, file: str) -> Any:
     """One node as a value of type `hint`; a mapping becomes a dict, to be merged and built later."""
-    nested, item = _nested(hint), _item(hint)
+    section, item, remedy = _section(hint), _item(hint), ""
     if get_origin(hint) is dict:
-        return _read_mapping(node, {}, name, file, other=get_args(hint)[1])
-    if nested and (isinstance(node, yaml.MappingNode) or hint is nested):
-        return _read_mapping(node, get_type_hints(nested), name, file)
+        return _read_mapping(node, {}, path, file, other=get_args(hint)[1])
+    if section and (isinstance(node, yaml.MappingNode) or hint is section):
+        return _read_mapping(node, field_types(section), path, file)
     if item and isinstance(node, yaml.SequenceNode):
-        return [_read(child, item, name, file) for child in node.value]
-    remedy = ""
+        return [_read(child, item, path, file) for child in node.value]
     if isinstance(node, yaml.ScalarNode):
-        style, other_style = ("quoted", "plain") if node.style else ("plain", "quoted")
-        if (value := _scalar(node.value, style, hint)) is not MISSING:
-            return value
-        if node.value and _scalar(node.value, other_style, hint) is not MISSING:
+        unquoted, text = plain_scalar(node.value), node.value
+        value, otherwise = (text, unquoted) if node.style else (unquoted, text)
+        if (typed := _typed(value, hint)) is not MISSING:
+            return typed
+        if text and _typed(otherwise, hint) is not MISSING:
             remedy = " without quotes" if node.style else " in quotes"
-    raise ConfigError(f"{_at(node, name, file)}: expected {_described(hint)}{remedy}, got {_shown(node)}")
+    raise ConfigError(f"{_at(node, path, file)}: expected {describe(hint)}{remedy}, got {_shown(node)}")
 
 
-def _at(node: yaml.Node, name: str, file: str) -> str:
-    return f"{file}:{node.start_mark.line + 1}" + (name and f": {name}")
+def _typed(value: Any, hint: Any) -> Any:
+    """A scalar as a value of type `hint`, whatever its bounds; MISSING where it is none."""
+    kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in alternatives(hint)]
+    if isinstance(value, str):
+        named = any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal)
+        readable = str in kinds and not re.search("[\ud800-\udfff]", value)  # halves of a character: not UTF-8
+        return value if named or readable else MISSING
+    if type(value) in (bool, NoneType):
+        return value if type(value) in kinds else MISSING
+    if int in kinds and (isinstance(value, int) or (value.is_integer() and abs(value) <= 2**53)):
+        return int(value)  # 1e5 too; beyond 2**53 a float skips some integers
+    return float(value) if float in kinds and math.isfinite(value) else MISSING
+
+
+def _at(node: yaml.Node, path: str, file: str) -> str:
+    return f"{file}:{node.start_mark.line + 1}" + (path and f": {path}")
 
 
 def _shown(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return _clipped(node.value) if node.value or node.style else "nothing"
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass of a section or of a mapping within it."""
+    return next((kind for kind in alternatives(hint) if is_dataclass(kind)), None)
+
+
+def _item(hint: Any) -> Any:
+    """The type of the items of a list."""
+    return next((get_args(kind)[0] for kind in alternatives(hint) if get_origin(kind) is tuple), None)
 
 
 # --- the command line ------------------------------------------------------------------------------------------
@@ -499,7 +600,7 @@ def _read_argv(argv: Sequence[str], section: str) -> tuple[Path | None, dict[str
     """The file that is named, and the typed values of the options, nested as in a file, with `preset` beside them."""
     file: Path | None = None
     values: dict[str, Any] = {}
-    seen: list[tuple[str, ...]] = []
+    earlier: list[tuple[str, ...]] = []
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -510,21 +611,37 @@ def _read_argv(argv: Sequence[str], section: str) -> tuple[Path | None, dict[str
         if not option.startswith("--"):
             raise ConfigError(f"{_clipped(option)}: expected --key=value or one FILE.yaml")
         path, hint = _resolve(option, section)
-        item = _item(hint)
-        if not item and any(path[: len(old)] == old or old[: len(path)] == path for old in seen):
+        is_list = _item(hint) is not None
+        if not is_list and any(path[: len(old)] == old or old[: len(path)] == path for old in earlier):
             raise ConfigError(f"{option}: option comes twice")
-        seen.append(path)
-        if not equals:
-            text = _following(option, hint, words)
-        value = _scalar(text, "raw", item or hint)
-        if value is MISSING:
-            raise ConfigError(f"{option}: expected {_described(item or hint)}, got {_clipped(text)}")
+        earlier.append(path)
+        value = _read_option(option, path, hint, text if equals else _following(option, hint, words))
         *parents, last = path
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
-        target[last] = [*target.get(last, []), value] if item else value
+        target[last] = [*target.get(last, []), *value] if is_list else value
     return file, values
+
+
+def _read_option(option: str, path: tuple[str, ...], hint: Any, text: str) -> Any:
+    """The value of an option; of a list, the items that this option adds."""
+    item = _item(hint)
+    if item and path not in FREE_TEXT and text.startswith("[") and text.endswith("]"):
+        return _read(_compose(text, option), hint, "", option)
+    value = _read_word(text, item or hint)
+    if value is MISSING:
+        raise ConfigError(f"{option}: expected {describe(item or hint)}, got {_clipped(text)}")
+    return [value] if item else value
+
+
+def _read_word(text: str, hint: Any) -> Any:
+    """A word of the command line, where the shell has eaten the quotes: text where it can be nothing else."""
+    value = plain_scalar(text)
+    if value is None and text != "null":  # `--prompt=` and `--ckpt=~` are texts
+        value = text
+    typed = _typed(value, hint)
+    return _typed(text, hint) if typed is MISSING else typed
 
 
 def _resolve(option: str, section: str) -> tuple[tuple[str, ...], Any]:
@@ -532,15 +649,15 @@ def _resolve(option: str, section: str) -> tuple[tuple[str, ...], Any]:
     names = tuple(option[2:].split("."))
     if names == ("preset",):
         return names, str
-    found: list[tuple[tuple[str, ...], Any]] = []
+    candidates: list[tuple[tuple[str, ...], Any]] = []
     for path in (names, (section, *names), ("run", *names)):
         hint: Any = Config
         for name in path:
-            nested = _nested(hint)
-            hint = get_type_hints(nested).get(name) if nested else None
-        found += [(path, hint)] if hint is not None else []
-    if found:  # a key before a section: `--chat` is infer.chat, not the section of that name
-        return next((path for path in found if path[1] is not _nested(path[1])), found[0])
+            cls = _section(hint)
+            hint = field_types(cls).get(name) if cls else None
+        candidates += [(path, hint)] if hint is not None else []
+    if candidates:  # a key before a section: `--chat` is infer.chat, not the section of that name
+        return next(((path, hint) for path, hint in candidates if hint is not _section(hint)), candidates[0])
     paths = [path for path, _ in _walk(Config)]
     short = [path[1:] for path in paths if path[0] in (section, "run")]
     known = ["--preset", "--help", *("--" + ".".join(path) for path in short + paths)]
@@ -549,169 +666,77 @@ def _resolve(option: str, section: str) -> tuple[tuple[str, ...], Any]:
 
 def _following(option: str, hint: Any, words: list[str]) -> str:
     """The value of an option without `=`: the next word; a boolean takes it only where it is one of its values."""
-    if bool in _kinds(hint) and not (words and _scalar(words[0], "raw", hint) is not MISSING):
+    if bool in alternatives(hint) and not (words and _read_word(words[0], hint) is not MISSING):
         return "true"
     if not words or words[0].startswith("--"):
-        raise ConfigError(f"{option}: expected {_described(hint)}, got nothing ({option}=VALUE takes any text)")
+        raise ConfigError(f"{option}: expected {describe(hint)}, got nothing ({option}=VALUE takes any text)")
     return words.pop(0)
-
-
-# --- values ----------------------------------------------------------------------------------------------------
-
-_TRUTH = {"true": True, "True": True, "false": False, "False": False}
-_NULLS = ("", "~", "null", "Null", "NULL")
-_NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*(_[0-9]+)*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-
-
-def _scalar(text: str, style: Literal["plain", "quoted", "raw"], hint: Any) -> Any:
-    """The value of `text` for a field of type `hint`; MISSING where it has none.
-
-    plain: a bare word of YAML, which is text only where it looks like nothing else; quoted: text, whatever it looks
-    like; raw: a word of the command line, where the shell has eaten the quotes.
-    """
-    kinds = _kinds(hint)
-    literals = {str(value): value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)}
-    if text in literals:
-        return literals[text]
-    if style != "quoted":
-        if NoneType in kinds and (text == "null" or (style == "plain" and text in _NULLS)):
-            return None
-        if bool in kinds and text in _TRUTH:
-            return _TRUTH[text]
-        if {int, float} & set(kinds) and _NUMBER.fullmatch(text) and math.isfinite(number := float(text)):
-            if int in kinds and not set(text) & set(".eE"):
-                return int(text)
-            if int in kinds and number.is_integer() and abs(number) <= 2**53:  # 1e5; beyond that a float skips some
-                return int(number)
-            if float in kinds:
-                return number
-    typed = style == "plain" and (_NUMBER.fullmatch(text) or text in _TRUTH or text in _NULLS)
-    if str in kinds and not typed and not re.search("[\ud800-\udfff]", text):  # halves of a character: not UTF-8
-        return text
-    return MISSING
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the type itself."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _nested(hint: Any) -> type | None:
-    """The dataclass of a section or of a mapping within it."""
-    return next((kind for kind in _kinds(hint) if is_dataclass(kind)), None)
-
-
-def _item(hint: Any) -> Any:
-    """The type of the items of list[T] and tuple[T, ...]."""
-    return next((get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) in (list, tuple)), None)
-
-
-def _described(hint: Any) -> str:
-    names = {bool: "true|false", int: "int", float: "float", str: "text", NoneType: "null"}
-    parts = []
-    for kind in _kinds(hint):
-        if get_origin(kind) is Literal:
-            parts += map(str, get_args(kind))
-        else:
-            parts.append(f"list of {_described(_item(kind))}" if _item(kind) else names.get(kind, "mapping"))
-    return "|".join(parts)
 
 
 def _walk(hint: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Path and type of every key below a dataclass, in the order of its fields."""
-    for name, kind in get_type_hints(_nested(hint)).items():
-        if kind is not _nested(kind):
+    for name, kind in field_types(_section(hint)).items():
+        if kind is not _section(kind):
             yield (*path, name), kind
-        if _nested(kind):
+        if _section(kind):
             yield from _walk(kind, (*path, name))
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` wins, key by key, also inside the mappings that both have."""
-    shared = {k: _merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return base | over | shared
+# --- help ------------------------------------------------------------------------------------------------------
 
 
-def _build(cls: type, values: dict[str, Any], path: str = "") -> Any:
-    """The dataclass of typed values; what its own checks refuse is reported under its section."""
-    arguments = {}
-    hints = get_type_hints(cls)
-    for field in fields(cls):
-        name, hint = f"{path}.{field.name}".lstrip("."), hints[field.name]
-        value = values.get(field.name, {} if hint is _nested(hint) else MISSING)
-        if isinstance(value, dict):
-            value = _build(_nested(hint), value, name)
-        elif isinstance(value, list):
-            value = next(get_origin(kind) for kind in _kinds(hint) if _item(kind))(value)
-        elif value is MISSING:
-            if field.default is MISSING and field.default_factory is MISSING:
-                raise ConfigError(f"{name}: expected {_described(hint)}, got nothing")
-            continue
-        arguments[field.name] = value
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-# --- out --------------------------------------------------------------------------------------------------------
-
-
-def dump(cfg: Config) -> str:
-    """All keys as YAML, from which load_config makes an equal Config."""
-    return "".join(f"{line}\n" for line in _lines(cfg, ""))
-
-
-def _lines(section: Any, indent: str) -> Iterator[str]:
-    for field in fields(section):
-        value = getattr(section, field.name)
-        if is_dataclass(value):
-            yield f"{indent}{field.name}:"
-            yield from _lines(value, indent + "  ")
-        else:
-            yield f"{indent}{field.name}: {_written(value)}"
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, str):  # always quoted, so that no text is taken for a number, a boolean or null
-        return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf).strip()
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_written, value)) + "]"
-    return json.dumps(value)
-
-
-def help_text(section: str, usage: str | None = None, path: Path | None = None) -> str:
-    """Every key with its type, and its default and comment in config.yaml; the script's own section comes first."""
-    _read_file(path or DEFAULT_FILE)  # refuses a bad one
-    written = _documented(path or DEFAULT_FILE)
-    sections = get_type_hints(Config)
+def help_text(section: str, usage: str | None = None, everything: bool = False) -> str:
+    """The keys of the script's section and of `run`, else of all sections: type, bound, default and comment."""
+    entries, presets = _documented()
+    sections = sorted(field_types(Config), key=lambda name: (name != section, name != "run"))
+    shown = sections if everything else [name for name in sections if name in (section, "run")]
     text = [
         f"usage: {usage or f'python {section}.py [FILE.yaml] [--preset NAME] [--key=value ...]'}",
-        "--key=value and --key value are the same; a boolean alone is true; a list takes one option per item.",
+        "--key=value and --key value are the same; a boolean alone is true.",
+        "A list takes one option per item, or --key='[a, b]' as in YAML; prompt and stop are always text.",
         f"A name without a section is a key of {section}, else of run.",
     ]
-    for name in sorted(sections, key=lambda name: (name != section, name != "run")):
-        text += ["", f"{name}: {written.get((name,), ('', ''))[1]}"]
-        for keys, hint in _walk(sections[name], (name,)):
-            default, comment = written.get(keys, ("", ""))
-            left = f"  --{'.'.join(keys[name == section :])} {_described(hint)}" + (default and f" = {default}")
-            text.append(f"{left:<58}  {comment}".rstrip())
-    presets = {keys[1]: comment for keys, (_, comment) in written.items() if keys[:-1] == ("presets",)}
-    text += ["", "presets:", *(f"  --preset {name:<6} {comment}" for name, comment in presets.items())]
+    if not everything:
+        text += ["--help all also shows the presets, and these sections:", "  " + " ".join(sections[len(shown) :])]
+    for name in shown:
+        text += ["", f"{name}: {entries[name,][1]}"]
+        for path, hint in sorted(_walk(field_types(Config)[name], (name,)), key=lambda key: _place(key[0], entries)):
+            default, comment = entries.get(path) or entries.get(("train", *path[1:]), ("", ""))
+            option = f"--{'.'.join(path[name == section :])} {describe(hint)}" + (default and f" = {default}")
+            text += _columns(option, comment)
+    if everything:
+        text += ["", "presets:", *(f"  --preset {name:<6} {comment}" for name, comment in presets.items())]
     return "\n".join(text)
 
 
-def _documented(file: Path) -> dict[tuple[str, ...], tuple[str, str]]:
-    """Default and comment of each key, as they stand on its line of the file."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+def _columns(option: str, comment: str) -> list[str]:
+    """An option, and its comment in a column of its own."""
+    left = textwrap.wrap(option, HELP_WIDTH, initial_indent="  ", subsequent_indent="      ")
+    right = textwrap.wrap(comment, HELP_WIDTH - HELP_COLUMN)
+    if right and len(left[-1]) < HELP_COLUMN - 1:
+        left[-1] = f"{left[-1]:<{HELP_COLUMN}}{right.pop(0)}"
+    return left + [" " * HELP_COLUMN + line for line in right]
+
+
+def _place(path: tuple[str, ...], entries: Mapping[tuple[str, ...], Any]) -> int:
+    """Where a key stands in config.yaml; what finetune takes over from train comes last."""
+    return next((number for number, entry in enumerate(entries) if entry == path[:2]), len(entries))
+
+
+def _documented() -> tuple[dict[tuple[str, ...], tuple[str, str]], dict[str, str]]:
+    """(default and comment of each section and key, comment of each preset), as they stand in config.yaml."""
+    text, name = _read_text(DEFAULT_FILE)
+    _read_file(DEFAULT_FILE)  # refuses a bad one
+    lines = text.splitlines()
     entries: dict[tuple[str, ...], tuple[str, str]] = {}
-    nodes: list[tuple[tuple[str, ...], yaml.Node]] = [((), _compose(file))]
+    nodes: list[tuple[tuple[str, ...], yaml.Node]] = [((), _compose(text, name))]
     for path, node in nodes:  # grows as it is walked
         for key, child in node.value if isinstance(node, yaml.MappingNode) else ():
             default, _, comment = lines[key.end_mark.line][key.end_mark.column + 1 :].partition("#")
             entries[(*path, key.value)] = (default.strip(), comment.strip())
             nodes.append(((*path, key.value), child))
-    return entries
+    presets = {path[1]: comment for path, (_, comment) in entries.items() if path[:-1] == ("presets",)}
+    return entries, presets
 
 
 # --- words ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import Count, DropProbability, Positive, check_fields, require
 from nanoqwen.errors import LoraError
 
 SMALLEST_LENGTH = 1e-12  # of a row of zeros, under DoRA: what is divided by it is zero too
@@ -27,24 +28,20 @@ SMALLEST_LENGTH = 1e-12  # of a row of zeros, under DoRA: what is divided by it 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: Count = 0  # 0: no adapters
+    alpha: Positive = 16.0
+    dropout: DropProbability = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, holds, expected in (
-            ("rank", self.rank >= 0, "0 (no adapters) or more"),
-            ("alpha", 0 < self.alpha < math.inf, "a number above 0"),
-            ("dropout", 0 <= self.dropout < 1, "0 or more and below 1"),
-            ("targets", len(set(self.targets)) == len(self.targets) > 0, "one name or more, each once"),
-            ("modules_to_save", len(set(self.modules_to_save)) == len(self.modules_to_save), "each name once"),
-        ):
-            if not holds:
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        check_fields(self)
+        once = len(set(self.targets)) == len(self.targets) > 0
+        require(once, "targets", "one name or more, each once", self.targets)
+        once = len(set(self.modules_to_save)) == len(self.modules_to_save)
+        require(once, "modules_to_save", "each name once", self.modules_to_save)
 
     @property
     def scale(self) -> float:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -43,75 +43,49 @@ LOG_EPSILON = 1e-10  # added inside the logarithm of o_ce
 FULL_CAPACITY_BIAS = 9.0  # a causal router's first bias at capacity 1, whose logit would be infinite
 
 
-def _require(holds: object, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
 @dataclass(frozen=True)
 class RoutingConfig:
     """Which layers compute a share of the tokens, and by which rule; `auto` is what the rule's authors recommend."""
 
     kind: Literal["dense", "mod", "dtf", "tdtf"] = "dense"
     layers: tuple[int, ...] = ()
-    capacity: float | Literal["auto"] = "auto"
-    capacity_warmup: float = 0.0
+    capacity: Annotated[float, dense.Bound(0, 1, open_low=True)] | Literal["auto"] = "auto"
+    capacity_warmup: dense.Fraction = 0.0
     gate: Literal["auto", "soft", "ste", "hard", "raw"] = "auto"
     surprise_grad: bool | Literal["auto"] = "auto"
-    prior_factor: float = 0.0625
-    ma_window: int = 100
-    o_ce_init: float = 1.025
-    m_cu_init: float = 1.1
+    prior_factor: Annotated[float, dense.Bound(0, 4, open_low=True)] = 0.0625
+    ma_window: dense.Size = 100
+    o_ce_init: dense.Positive = 1.025
+    m_cu_init: dense.Positive = 1.1
     beta_ce_init: float = -0.3
     beta_cu_init: float = -0.6
     beta_mode: Literal["learned", "linear", "cosine"] = "learned"
-    beta_start: float = 0.3
-    beta_end: float = 6.0
-    beta_warmup: int = 0
+    beta_start: dense.Positive = 0.3
+    beta_end: dense.Positive = 6.0
+    beta_warmup: dense.Count = 0
     mod_aux: Literal["bce", "load", "none"] = "bce"
     normalise: bool = True
-    causal_threshold: float = 0.5
-    calibrate_tokens: int = 16_384
-    causal_loss_weight: float = 0.01
-    prior_loss_weight: float = 0.05
-    tpn_loss_weight: float = 0.05
-    mod_aux_loss_weight: float = 0.01
-    mod_z_loss_weight: float = 0.0
-    causal_lr: float | None = 1e-3
-    surprise_lr: float | None = 1e-2
-    prior_lr: float | None = None
-    mod_lr: float | None = None
+    causal_threshold: dense.OpenFraction = 0.5
+    calibrate_tokens: dense.Count = 16_384
+    causal_loss_weight: dense.NonNegative = 0.01
+    prior_loss_weight: dense.NonNegative = 0.05
+    tpn_loss_weight: dense.NonNegative = 0.05
+    mod_aux_loss_weight: dense.NonNegative = 0.01
+    mod_z_loss_weight: dense.NonNegative = 0.0
+    causal_lr: dense.Positive | None = 1e-3
+    surprise_lr: dense.Positive | None = 1e-2
+    prior_lr: dense.Positive | None = None
+    mod_lr: dense.Positive | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("kind", ("dense", "mod", "dtf", "tdtf")),
-            ("gate", ("auto", "soft", "ste", "hard", "raw")),
-            ("beta_mode", ("learned", "linear", "cosine")),
-            ("mod_aux", ("bce", "load", "none")),
-            ("surprise_grad", ("auto", True, False)),
-        ):
-            _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
-        _require(self.gate != "raw" or self.kind == "mod", "gate", "soft, ste or hard (raw is of mod)", self.gate)
+        dense.check_fields(self)
+        dense.require(
+            self.gate != "raw" or self.kind == "mod", "gate", "soft, ste or hard (raw is for mod alone)", self.gate
+        )
         ascending = list(self.layers) == sorted(set(self.layers)) and min(self.layers, default=1) >= 1
-        _require(ascending, "layers", "ascending layers from 1 on (layer 0 stays dense)", self.layers)
+        dense.require(ascending, "layers", "ascending layers from 1 on (layer 0 stays dense)", self.layers)
         paired = self.kind != "dtf" or all(b - a > 1 for a, b in zip(self.layers, self.layers[1:], strict=False))
-        _require(paired, "layers", "a dense layer before each routed one for dtf", self.layers)
-        if self.capacity != "auto":
-            _require(0 < self.capacity <= 1, "capacity", "auto, or above 0 and at most 1", self.capacity)
-        _require(0 < self.prior_factor <= 4, "prior_factor", "above 0 and at most 4", self.prior_factor)
-        _require(0 < self.causal_threshold < 1, "causal_threshold", "between 0 and 1", self.causal_threshold)
-        _require(0 <= self.capacity_warmup <= 1, "capacity_warmup", "0 to 1", self.capacity_warmup)
-        _require(self.ma_window >= 1, "ma_window", "1 or more", self.ma_window)
-        for name in ("o_ce_init", "m_cu_init", "beta_start", "beta_end"):
-            _require(0 < getattr(self, name) < math.inf, name, "a number above 0", getattr(self, name))
-        for name in ("beta_ce_init", "beta_cu_init"):
-            _require(math.isfinite(getattr(self, name)), name, "a number", getattr(self, name))
-        weights = ("causal_loss_weight", "prior_loss_weight", "tpn_loss_weight", "mod_aux_loss_weight")
-        for name in (*weights, "mod_z_loss_weight", "beta_warmup", "calibrate_tokens"):
-            _require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
-        for name in ("causal_lr", "surprise_lr", "prior_lr", "mod_lr"):
-            value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, "null or a number above 0", value)
+        dense.require(paired, "layers", "a dense layer before each routed one for dtf", self.layers)
 
     @property
     def share(self) -> float:
@@ -136,11 +110,9 @@ def routed_layers(cfg: ModelConfig, routing: RoutingConfig) -> tuple[int, ...]:
     count = cfg.num_hidden_layers
     if routing.kind == "dense":
         return ()
-    if count < 2:
-        raise ValueError(f"num_hidden_layers: expected 2 or more with routing.kind {routing.kind}, got {count}")
+    dense.require(count >= 2, "num_hidden_layers", f"2 or more with routing.kind {routing.kind}", count)
     layers = routing.layers or tuple(range(1, count, 2))
-    if layers[-1] >= count:
-        raise ValueError(f"routing.layers: expected layers below {count}, got {layers}")
+    dense.require(layers[-1] < count, "routing.layers", f"layers below {count}", layers)
     return layers
 
 

@@ -180,7 +180,7 @@ def test_k04_every_configuration_key_is_read_somewhere():
         if isinstance(node, ast.ClassDef):
             node.body = [part for part in node.body if getattr(part, "name", "") != "__post_init__"] or [ast.Pass()]
     code = "\n".join(map(ast.unparse, trees))
-    handed_on = {field.name for field in fields(Sampling)}  # InferConfig.sampling passes these as a whole
+    handed_on = {field.name for field in fields(Sampling)}  # generate and stream take these as a whole
     for section, kind in get_type_hints(Config).items():
         assert is_dataclass(kind)
         for field in fields(kind):

@@ -1,19 +1,20 @@
 """config.yaml and the command line: what is meant arrives with its type, everything else is refused in one line."""
 
+import math
 import random
 import re
 import subprocess
 import sys
-from dataclasses import is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-import yaml
 
-from model import ModelConfig
+from model import Bound, ModelConfig, RopeScaling, Sampling, SamplingOptions, alternatives, field_types
 from nanoqwen import config
-from nanoqwen.config import Config, check, dump, help_text, load_config
+from nanoqwen.config import Config, DataConfig, check, dump, flatten, help_text, load_config, read_values, to_dict
 from nanoqwen.errors import ConfigError, run_script
 
 ROOT = Path(config.__file__).parents[1]
@@ -76,9 +77,10 @@ def test_a_malformed_file_is_refused_with_its_line(tmp_path, monkeypatch, text, 
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(ConfigError, match=re.escape(str(path))):
-            load_config([], "infer", path)
+    folder = tmp_path / "a.yaml"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(folder))}: Is a directory"):
+        load_config([str(folder)], "infer")
     with pytest.raises(ConfigError, match="No such file"):
         load_config(["no\n\x1b[31msuch.yaml"], "infer")
 
@@ -197,16 +199,15 @@ def test_a_value_arrives_as_what_was_meant_or_is_refused(tmp_path, written, key,
     if expected is REFUSED:
         assert refusal(tmp_path, text).startswith(f"a.yaml:2: {key}: expected ")
     else:
-        extra = "  num_attention_heads: 14\n" if section == "model" else ""
-        value = getattr(getattr(load(tmp_path, text + extra), section), name)
+        value = getattr(getattr(load(tmp_path, text), section), name)
         assert (value, type(value)) == (expected, type(expected))
 
 
 def test_a_refusal_says_what_was_expected_and_how_to_write_it(tmp_path):
     said = refusal(tmp_path, "model:\n  num_hidden_layers: abc\n")
-    assert said == "a.yaml:2: model.num_hidden_layers: expected int, got 'abc'"
+    assert said == "a.yaml:2: model.num_hidden_layers: expected int in [1, 2**40), got 'abc'"
     said = refusal(tmp_path, "model:\n  num_hidden_layers: '6'\n")
-    assert said == "a.yaml:2: model.num_hidden_layers: expected int without quotes, got '6'"
+    assert said == "a.yaml:2: model.num_hidden_layers: expected int in [1, 2**40) without quotes, got '6'"
     said = refusal(tmp_path, "data:\n  tokenizer: 5\n")
     assert said == "a.yaml:2: data.tokenizer: expected text in quotes, got '5'"
 
@@ -217,39 +218,75 @@ def test_anchors_are_plain_repetition(tmp_path):
 
 # --- impossible values -----------------------------------------------------------------------------------------
 
+FIELDS = [  # of every section, and of the mapping inside one
+    (cls, name, hint)
+    for cls in (*get_type_hints(Config).values(), RopeScaling, Sampling)
+    for name, hint in field_types(cls).items()
+]
+BOUNDS = [
+    (cls, name, *get_args(kind))
+    for cls, name, hint in FIELDS
+    for kind in alternatives(hint)
+    if get_origin(kind) is Annotated
+]
+NONSENSE = {  # what is of no such type; `True` is no number, and 1 is neither true nor text
+    bool: [1, "true", None],
+    int: [True, 1.0, "1", math.nan, math.inf, -math.inf],
+    float: [True, "1", math.nan, math.inf, -math.inf],
+    str: [1, True],
+}
+
+
+@cache
+def assembled(cls: type) -> Any:
+    """A section with the values of config.yaml."""
+    sections = {type(section): section for section in vars(load_config([], "train")).values()}
+    return (sections | {RopeScaling: RopeScaling("yarn"), Sampling: Sampling()})[cls]
+
+
+def assert_refused(section: Any, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got {re.escape(repr(value))}$"):
+        replace(section, **{name: value})
+
+
+@pytest.mark.parametrize(("cls", "name", "kind", "bound"), BOUNDS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_bound_is_held(cls: type, name: str, kind: type, bound: Bound):
+    section = assembled(cls)
+    near = (lambda end, step: end + step) if kind is int else (lambda end, step: math.nextafter(end, step * math.inf))
+    inside = [kind(bound.low) if not bound.open_low else near(bound.low, 1)]
+    outside = [kind(bound.low) if bound.open_low else near(bound.low, -1)]
+    if bound.high < math.inf:
+        inside += [near(bound.high, -1) if bound.open_high else kind(bound.high)]
+        outside += [kind(bound.high) if bound.open_high else near(bound.high, 1)]
+    assert all(map(bound.allows, inside))
+    for value in outside:
+        assert_refused(section, name, value)
+
+
+def test_every_type_is_held():
+    """Also where code makes a section, without YAML or a command line."""
+    sections = {cls: assembled(cls) for cls, _, _ in FIELDS}
+    for cls, name, hint in FIELDS:
+        kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in alternatives(hint)]
+        if any(get_origin(kind) not in (None, Literal) for kind in kinds):
+            continue  # a list
+        for value in NONSENSE.get(kinds[0], ["nonsense", 1]):
+            if value not in map(str, kinds) and not (value is None and type(None) in kinds):
+                assert_refused(sections[cls], name, value)
+    assert_refused(sections[DataConfig], "val", ("a", 1))
+    assert_refused(sections[DataConfig], "val", "a")
+
+
 IMPOSSIBLE = {  # option: what the refusal names
     "--model.num_key_value_heads=3": "num_attention_heads num_key_value_heads 4 3",
-    "--model.num_key_value_heads=0": "num_key_value_heads 0",
     "--model.num_attention_heads=6 --model.num_key_value_heads=6": "hidden_size num_attention_heads 64 6",
     "--model.head_dim=15": "head_dim 15",
-    "--model.head_dim=-2": "head_dim -2",
-    "--model.num_hidden_layers=0": "num_hidden_layers 0",
-    "--model.hidden_size=-64": "hidden_size -64",
-    "--model.intermediate_size=0": "intermediate_size 0",
-    "--model.vocab_size=0": "vocab_size 0",
-    "--model.max_position_embeddings=0": "max_position_embeddings 0",
-    "--model.dropout=1.0": "dropout 1.0",
-    "--model.dropout=-0.1": "dropout -0.1",
-    "--model.rope_theta=0": "rope_theta 0",
-    "--model.rms_norm_eps=0": "rms_norm_eps 0",
     "--model.rope_scaling.rope_type=yarn --model.rope_scaling.factor=0.5": "rope_scaling factor 0.5",
     "--model.rope_scaling.factor=2": "rope_scaling.rope_type",
-    "--seed=-1": "seed -1",
-    "--seed=9223372036854775808": "seed 9223372036854775808",
     "--device=gpu": "device gpu auto",
     "--device=cuda:": "device cuda:",
-    "--top_p=0": "top_p 0",
-    "--top_p=-1": "top_p -1",
-    "--min_p=1.5": "min_p 1.5",
-    "--top_k=-1": "top_k -1",
-    "--temperature=-1": "temperature -1",
     "--temperature=nan": "temperature nan",
     "--temperature=inf": "temperature inf",
-    "--repetition_penalty=0": "repetition_penalty 0",
-    "--no_repeat_ngram_size=-1": "no_repeat_ngram_size -1",
-    "--num_beams=0": "num_beams 0",
-    "--num_samples=0": "num_samples 0",
-    "--max_new_tokens=-1": "max_new_tokens -1",
     "--min_new_tokens=200": "min_new_tokens max_new_tokens 200 128",
     "--stop=": "stop",
     "--system=hello": "system chat instruct",
@@ -323,6 +360,14 @@ OVERRIDES = [
     (["--ckpt=null"], "infer.ckpt", None),
     (["--ckpt=~/runs"], "infer.ckpt", "~/runs"),
     (["--model.rope_scaling=null"], "model.rope_scaling", None),
+    (["--lora.targets", "[q_proj,v_proj]"], "lora.targets", ("q_proj", "v_proj")),
+    (["--lora.targets=[q_proj]", "--lora.targets=v_proj"], "lora.targets", ("q_proj", "v_proj")),
+    (["--routing.layers=[1, 3]"], "routing.layers", (1, 3)),
+    (["--eval.tasks", '["a,b", c]'], "eval.tasks", ("a,b", "c")),
+    (["--data.val=[]"], "data.val", ()),
+    (["--data.val=[ab].txt"], "data.val", ("[ab].txt",)),
+    (["--prompt", "[x]"], "infer.prompt", ("[x]",)),
+    (["--stop=[a, b]"], "infer.stop", ("[a, b]",)),
 ]
 
 
@@ -343,14 +388,14 @@ def test_an_override_wins_over_the_file(tmp_path, argv, key, expected):
         (["--top-k=4"], "--top-k: unknown option; did you mean --top_k?"),
         (["--qqqq"], "--qqqq: unknown option"),
         (["--"], "--: unknown option"),
-        (["--model.num_hidden_layers=abc"], "--model.num_hidden_layers: expected int, got 'abc'"),
-        (["--top_k", "4.5"], "--top_k: expected int, got '4.5'"),
-        (["--top_k="], "--top_k: expected int, got ''"),
-        (["--top_k= 4"], "--top_k: expected int, got ' 4'"),
+        (["--model.num_hidden_layers=abc"], "--model.num_hidden_layers: expected int in [1, 2**40), got 'abc'"),
+        (["--top_k", "4.5"], "--top_k: expected int >= 0, got '4.5'"),
+        (["--top_k="], "--top_k: expected int >= 0, got ''"),
+        (["--top_k= 4"], "--top_k: expected int >= 0, got ' 4'"),
         (["--stream=on"], "--stream: expected true|false, got 'on'"),
         (["--stream", "on"], "'on': expected --key=value or one FILE.yaml"),
         (["--overflow=wrap"], "--overflow: expected error|stop|slide, got 'wrap'"),
-        (["--top_k"], "--top_k: expected int, got nothing (--top_k=VALUE takes any text)"),
+        (["--top_k"], "--top_k: expected int >= 0, got nothing (--top_k=VALUE takes any text)"),
         (["--prompt", "--x"], "--prompt: expected list of text, got nothing (--prompt=VALUE takes any text)"),
         (["--top_k=1", "--top_k=1"], "--top_k: option comes twice"),
         (["--top_k=1", "--infer.top_k=2"], "--infer.top_k: option comes twice"),
@@ -359,7 +404,9 @@ def test_an_override_wins_over_the_file(tmp_path, argv, key, expected):
             "--model.rope_scaling.factor: option comes twice",
         ),
         (["--model=x"], "--model: expected mapping, got 'x'"),
-        (["--model.rope_scaling=yarn"], "--model.rope_scaling: expected mapping|null, got 'yarn'"),
+        (["--routing.layers=[1, x]"], "--routing.layers:1: expected int, got 'x'"),
+        (["--data.val=[a: ]"], "--data.val:1: expected text, got a mapping"),
+        (["--model.rope_scaling=yarn"], "--model.rope_scaling: expected mapping or null, got 'yarn'"),
         (["hello"], "'hello': expected --key=value or one FILE.yaml"),
         (["b.yaml"], "'b.yaml': expected --key=value or one FILE.yaml"),
         (["-k", "4"], "'-k': expected --key=value or one FILE.yaml"),
@@ -387,14 +434,41 @@ def test_a_bare_key_is_of_the_scripts_own_section_first(tmp_path):
     assert cfg.model.rope_scaling.rope_type == "linear"
 
 
-def test_precedence_is_defaults_file_preset_command_line(tmp_path):
+def test_precedence_is_config_yaml_file_preset_command_line(tmp_path):
     text = "run: {seed: 1}\nmodel: {vocab_size: 7, dropout: 0.5, bias: true}\n"
-    text += "presets: {mine: {model: {vocab_size: 8, dropout: 0.25}}}\n"
-    assert load(tmp_path, "run: {}\n").model == ModelConfig()
+    text += "presets: {mine: {model: {vocab_size: 8, dropout: 0.25}}, tiny: {model: {vocab_size: 9}}}\n"
+    assert load(tmp_path, "run: {}\n") == load_config([], "infer")
     assert load(tmp_path, text).model.vocab_size == 7
     cfg = load(tmp_path, text, "--model.dropout=0", "--preset", "mine")
     assert (cfg.run.seed, cfg.model.bias, cfg.model.vocab_size, cfg.model.dropout) == (1, True, 8, 0.0)
-    assert load(tmp_path, text, "--preset=tiny").model.vocab_size == 512  # a shipped one, over a file of one's own
+    cfg = load(tmp_path, text, "--preset=10M")  # a shipped one, over a file of one's own
+    assert (cfg.run.seed, cfg.model.vocab_size) == (1, 151_936)
+    cfg = load(tmp_path, text, "--preset=tiny")  # one's own takes the place of a shipped one
+    assert (cfg.model.vocab_size, cfg.model.hidden_size) == (9, 128)
+
+
+def test_an_edit_of_config_yaml_counts_for_a_file_of_ones_own(tmp_path, monkeypatch):
+    edited = tmp_path / "config.yaml"
+    edited.write_text(re.sub(r"hidden_size: 128", "hidden_size: 192", config.DEFAULT_FILE.read_text()))
+    monkeypatch.setattr(config, "DEFAULT_FILE", edited)
+    assert load(tmp_path, "model: {dropout: 0.5}\n").model.hidden_size == 192
+    assert load(tmp_path, "model: {hidden_size: 256}\n").model.hidden_size == 256
+    edited.write_text(re.sub(r"  hidden_size: .*\n", "", edited.read_text()))  # no second place has a value for it
+    with pytest.raises(ConfigError, match=r"^model\.hidden_size: expected int .*, got nothing$"):
+        load(tmp_path, "model: {dropout: 0.5}\n")
+
+
+def test_finetune_takes_over_what_files_say_about_train(tmp_path):
+    text = "train: {beta2: 0.9, eps: 1e-6, lr: 1, sample_tokens: 7}\nfinetune: {eps: 1e-7}\n"
+    text += "presets: {mine: {train: {clip: 3}}}\n"
+    options = ["--train.sample_tokens=9", "--train.floor=0.5", "--preset=mine", "--finetune.z_loss=1"]
+    cfg = load(tmp_path, text, *options, section="finetune")
+    assert (cfg.train.beta2, cfg.train.eps, cfg.train.sample_tokens, cfg.train.clip) == (0.9, 1e-6, 9, 3.0)
+    assert (cfg.finetune.beta2, cfg.finetune.eps) == (0.9, 1e-7)  # its own word counts
+    assert cfg.finetune.lr == 2e-3  # config.yaml's word on finetune is not undone by a file's word on train
+    assert (cfg.finetune.sample_tokens, cfg.finetune.floor, cfg.finetune.clip) == (7, 0.1, 1.0)
+    assert (cfg.train.z_loss, cfg.finetune.z_loss) == (0.0, 1.0)
+    assert load(tmp_path, dump(cfg), section="finetune") == cfg
 
 
 # --- config.yaml, its presets and its comments -----------------------------------------------------------------
@@ -424,7 +498,7 @@ def test_a_preset_is_the_model_that_its_comment_counts(tmp_path, name):
     shape = (m.hidden_size, m.intermediate_size, m.num_hidden_layers, m.num_attention_heads, m.num_key_value_heads)
     assert (*shape, m.vocab_size, m.max_position_embeddings) == PRESETS[name]
     assert (m.tie_word_embeddings, m.rope_theta, m.rms_norm_eps) == (True, 1e6, 1e-6)
-    counted = re.search(rf"--preset {re.escape(name)} +([0-9.]+) M parameters", help_text("infer"))[1]
+    counted = re.search(rf"--preset {re.escape(name)} +([0-9.]+) M parameters", help_text("infer", everything=True))[1]
     digits = len(counted.partition(".")[2])
     assert f"{parameters(m) / 1e6:.{digits}f}" == counted
     resolved = tmp_path / "resolved.yaml"  # its head_dim is a number, which another width must not inherit
@@ -433,15 +507,26 @@ def test_a_preset_is_the_model_that_its_comment_counts(tmp_path, name):
 
 
 def test_every_preset_is_known_to_the_tests_and_possible():
-    assert list(config._read_file(config.DEFAULT_FILE)["presets"]) == list(PRESETS)
+    assert config.preset_names() == list(PRESETS)
 
 
-@pytest.mark.parametrize("section", ["run", "data", "chat", "train", "finetune", "lora", "log", "infer"])
-def test_a_key_that_a_file_leaves_out_has_the_value_of_config_yaml(section: str):
+DELIBERATE = {  # where an importer's default is another: config.yaml trains a small model and samples with some warmth
+    ModelConfig: "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "max_position_embeddings",
+    SamplingOptions: "temperature top_p",
+}
+
+
+@pytest.mark.parametrize("cls", [*get_type_hints(Config).values(), SamplingOptions])
+def test_a_default_of_a_class_is_that_of_config_yaml(cls: type):
     """Two sets of defaults once drifted apart: a file of one's own got other values than `--help` showed."""
-    loaded = getattr(load_config(["--run.dir=auto"] if section != "run" else ["--run.dir=x"], "train"), section)
-    neutral = replace(type(loaded)(), dir="x") if section == "run" else type(loaded)()
-    assert loaded == neutral
+    values = next(part for part in vars(load_config([], "train")).values() if isinstance(part, cls))
+    if fields(cls)[0].default is MISSING:
+        with pytest.raises(TypeError):
+            cls()
+        return
+    other = {name for name, value in asdict(cls()).items() if value != getattr(values, name)}
+    assert other == set(DELIBERATE.get(cls, "").split())
 
 
 def keys_of(cls: type, prefix: str = "") -> list[str]:
@@ -462,39 +547,48 @@ def comments_of_config_yaml() -> list[tuple[str, str]]:
 
 
 def test_config_yaml_holds_every_key_once_with_a_comment():
-    assert [name for name, _ in comments_of_config_yaml()] == keys_of(Config)
+    keys = [name for name, _ in comments_of_config_yaml()]
+    taken_over = [f"finetune.{name}" for name in field_types(config.TrainConfig) if f"finetune.{name}" not in keys]
+    assert sorted(keys + taken_over) == sorted(keys_of(Config))
 
 
-def test_help_lists_every_key_with_type_default_and_comment():
-    text = help_text("infer")
-    lines = text.splitlines()
+@pytest.mark.parametrize("section", ["infer", "finetune"])
+def test_help_lists_every_key_with_type_bound_default_and_comment(section: str):
+    text = help_text(section, everything=True)
+    lines, words = text.splitlines(), " ".join(text.split())
+    assert max(map(len, lines)) <= 100
     comments = dict(comments_of_config_yaml())
     for key in keys_of(Config):
-        shown = key.removeprefix("infer.")
-        row = next(line for line in lines if line.startswith(f"  --{shown} "))
-        assert row.endswith(comments[key])
-        assert " = " in row
-    assert lines.index("infer: prompt, stream, chat, beams") < lines.index("run: what all scripts share")
-    assert next(line for line in lines if "--top_k " in line).split()[:4] == ["--top_k", "int", "=", "0"]
-    assert "--model.rope_scaling.factor float" in text
-    assert help_text("infer", "python infer.py PROMPT").startswith("usage: python infer.py PROMPT\n")
+        name, comment = key.removeprefix(f"{section}."), comments.get(key) or comments[key.replace("finetune", "train")]
+        assert re.search(rf" --{re.escape(name)} [^#]{{1,120}} = \S.*? {re.escape(comment)} ", words + " "), key
+    assert ("--top_k" if section == "infer" else "--infer.top_k") + " int >= 0 = 0" in words
+    assert "--model.rope_scaling.factor float >= 1" in text
+    assert "--preset 0.5B" in text
+    assert help_text(section, "python infer.py PROMPT").startswith("usage: python infer.py PROMPT\n")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--top_k=1", "-h"], ["--nonsense", "--help"]])
+def test_help_of_a_script_is_its_own_section_and_run():
+    lines = help_text("infer").splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split(":")[0] for line in lines if re.match(r"\w+: ", line)] == ["usage", "infer", "run"]
+    assert lines[lines.index("infer: prompt, stream, chat, beams") + 1].startswith("  --ckpt text or null = null ")
+    assert "--help all" in "".join(lines)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--top_k=1", "-h"], ["--nonsense", "--help"], ["--help", "all"]])
 def test_help_goes_to_stdout_and_leaves_with_0(capsys, argv):
     with pytest.raises(SystemExit) as left:
         load_config(argv, "infer")
     assert not left.value.code
-    assert capsys.readouterr().out == help_text("infer") + "\n"
+    assert capsys.readouterr().out == help_text("infer", everything="all" in argv) + "\n"
 
 
-def test_help_needs_a_file_that_can_be_read(tmp_path):
-    (tmp_path / "part.yaml").write_text("run: {seed: 1}\n")
-    assert "--model.bias true|false\n" in help_text("infer", path=tmp_path / "part.yaml")
+def test_help_needs_a_file_that_can_be_read(tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text("run: &a {seed: *a, [b]: 1}\n")
     for name in ("bad.yaml", "none.yaml"):
+        monkeypatch.setattr(config, "DEFAULT_FILE", tmp_path / name)
         with pytest.raises(ConfigError, match=name):
-            load_config(["--help"], "infer", tmp_path / name)
+            load_config(["--help"], "infer")
 
 
 # --- round trip ------------------------------------------------------------------------------------------------
@@ -505,6 +599,7 @@ NASTY += ["\0", "\x1b[31m", "\x7f\x85\xa0", "\u2028\u2029\ufeff", "日本 🎉",
 
 def round_trip(folder: Path, cfg: Config) -> None:
     assert load(folder, dump(cfg)) == cfg
+    assert read_values(folder / "a.yaml") == to_dict(cfg)
     assert dump(load(folder, dump(cfg))) == dump(cfg)
 
 
@@ -522,10 +617,21 @@ def test_a_dumped_config_is_an_equal_config(tmp_path):
 
 
 def test_the_dump_is_complete_and_plain_yaml():
-    cfg = load_config([], "infer")
-    tree = yaml.safe_load(dump(cfg))
-    assert [f"{section}.{key}" for section in tree for key in tree[section]] == keys_of(Config)
-    assert tree["infer"]["temperature"] == 0.8
+    cfg = load_config(["--ckpt=3e-4", "--prompt=true"], "infer")
+    lines = dump(cfg).splitlines()
+    assert list(flatten(to_dict(cfg))) == [
+        name for name in keys_of(Config) if not name.startswith("model.rope_scaling.")
+    ]
+    assert len(lines) == len(flatten(to_dict(cfg))) + len(fields(Config))
+    for line in ("  temperature: 0.8", "  wandb: off", "  ckpt: '3e-4'", "  prompt: ['true']", "  seed: 1337"):
+        assert line in lines
+
+
+@pytest.mark.parametrize("text", ["[a]\n", "a: [\n", "a: !!int 1\n", "{[a]: 1}\n", f"a: {'9' * 5000}\n"])
+def test_read_values_refuses_what_is_no_mapping(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.yaml"):
+        read_values(tmp_path / "a.yaml")
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------
@@ -587,7 +693,7 @@ def test_a_real_script_end_to_end(tmp_path):
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     mistaken, chatting = [*command, "--top_k=-1"], [*command, "--chat"]
     with subprocess.Popen(mistaken, **piped) as wrong, subprocess.Popen(chatting, **piped) as endless:
-        assert wrong.communicate(timeout=60) == ("", "error: infer: top_k: expected >= 0, got -1\n")
+        assert wrong.communicate(timeout=60) == ("", "error: infer: top_k: expected int >= 0, got -1\n")
         assert endless.stdout.readline() == "run:\n"
         endless.stdout.close()
         assert endless.stderr.read() == ""

@@ -635,7 +635,7 @@ def test_mistakes_are_one_line(base: Path, rows: Path, tmp_path: Path):
         (("--batch_tokens=128",), 3, "do not fit into a step of 1 x 128"),
         ((f"--contrast.train={rows / 'val.jsonl'}",), 3, "both sides of the split"),
         ((f"--contrast.val={poisoned}",), 3, "the detectors cannot be trusted on these rows"),
-        (("--contrast.temperature=0",), 2, "contrast: temperature: expected above 0"),
+        (("--contrast.temperature=0",), 2, "contrast: temperature: expected float > 0"),
         (("--objective=contast",), 2, "expected sft|contrast"),
     ):
         with pytest.raises((ConfigError, DataError), match=re.escape(words)) as refused:

@@ -466,7 +466,7 @@ def test_figures_are_printed_and_written_with_what_they_depend_on(
             r"^eval\.output: expected one of suite and ta",
         ),
         (["--tasks=tiny_choices", "--ckpt=nowhere"], r"^nowhere: no such folder"),
-        (["--tasks=tiny_choices", "--limit=-1"], r"^eval: limit: expected 0 \(all\) or more, got -1$"),
+        (["--tasks=tiny_choices", "--limit=-1"], r"^eval: limit: expected int >= 0 or null, got -1$"),
         (["--tasks=tiny_choices,"], r"^eval: tasks: expected names, one per option or with commas between them"),
         (["--tasks=tiny_choices", "--num_fewshot=1000"], r"^eval\.tasks: failed: .*[Ss]ample"),
     ],

@@ -143,8 +143,8 @@ MISTAKES = [
     ((), 2, "expected a text to continue"),
     (("--prompt=",), 2, "prompt 1 of 1 is empty"),
     (("--prompt=x", "--temperture=1"), 2, "--temperature"),
-    (("--prompt=x", "--temperature=-1"), 2, "temperature: expected >= 0, got -1"),
-    (("--prompt=x", "--top_k=five"), 2, "--top_k: expected int, got 'five'"),
+    (("--prompt=x", "--temperature=-1"), 2, "temperature: expected float >= 0, got -1"),
+    (("--prompt=x", "--top_k=five"), 2, "--top_k: expected int >= 0, got 'five'"),
     (("--prompt=x", "--max_new_tokens=500"), 2, "exceed the context of 128"),
     (("--prompt=x", "--device=cuda:7"), 2, "run.device"),
     (("--prompt_file=/nowhere/at/all",), 2, "No such file"),
@@ -207,7 +207,7 @@ def test_i05_an_absent_device_is_an_error_before_anything_is_loaded(folder: Path
 
 
 def test_help_lists_every_key_and_needs_no_model():
-    done = process("--help")
+    done = process("--help", "all")
     assert done.returncode == 0
     for key in ("--ckpt", "--prompt ", "--top_p", "--num_beams", "--model.num_hidden_layers", "--preset 0.5B"):
         assert key in done.stdout
@@ -266,6 +266,15 @@ def test_chat_remembers_and_ends(folder: Path):
     assert piped.stdout.endswith("\n")
 
 
+def test_chat_commands_are_answered_without_the_model(folder: Path):
+    done = run(folder, "--chat", "--max_new_tokens=2", stdin="/help\n/quit now\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("/reset forgets the conversation") == 2  # at the start, and for /help
+    assert "(/quit: no such command; /help lists them)" in done.stderr
+    assert "tokens read" not in done.stderr
+    assert done.stdout == ""
+
+
 def test_a_long_chat_forgets_its_oldest_turns(folder: Path):
     questions = "".join(f"question number {i} about addition\n" for i in range(8))
     done = run(folder, "--chat", "--system=Be brief.", "--max_new_tokens=10", "--temperature=0", stdin=questions)
@@ -306,7 +315,7 @@ def test_control_tokens_in_a_prompt_need_permission(folder: Path):
 
 def test_padding_of_the_vocabulary_is_never_sampled(folder: Path):
     session = infer.Session(load_config([f"--ckpt={folder}", "--prompt=x", "--temperature=5", "--top_p=1"], "infer"))
-    assert session.sampling.banned == tuple(range(session.tokenizer.n_vocab, 320))
+    assert session.request["banned"] == range(session.tokenizer.n_vocab, 320)
 
 
 def test_prompts_are_read_before_the_model(tmp_path: Path):

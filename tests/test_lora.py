@@ -607,7 +607,7 @@ def test_names_and_configuration_round_trip():
         ({"r": 0}, "r: expected 1 or more"),
         ({"r": 10**12}, "expected 1000000000000 rows as r says"),
         ({"lora_alpha": None}, "lora_alpha: expected a number"),
-        ({"lora_alpha": float("nan")}, "alpha: expected a number above 0"),
+        ({"lora_alpha": float("nan")}, "alpha: expected float > 0"),
         ({"lora_dropout": 2.0}, "dropout: expected"),
         ({"use_dora": True}, "missing: .*lora_magnitude"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path: expected a folder or hub id, got None"),

@@ -39,8 +39,6 @@ LITTLE = {
     ("finetune", "steps"): "2",
     ("finetune", "warmup_steps"): "1",
     ("finetune", "eval_every"): "2",
-    ("finetune", "eval_tokens"): "1024",
-    ("finetune", "sample_tokens"): "8",
     ("chat", "limit"): "60",
     ("contrast", "limit"): "60",
     ("contrast", "eval_rows"): "4",
