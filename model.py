@@ -638,14 +638,19 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
 
+def _embedding(rows: int, size: int) -> nn.Embedding:
+    # On the meta device, where weights are loaded later, `normal_` would import torch._dynamo: 0.6 s for nothing.
+    return nn.Embedding(rows, size, _weight=torch.empty(rows, size) if torch.empty(0).is_meta else None)
+
+
 class Decoder(nn.Module):
     """Embeddings, layers and the last norm: the part that Hugging Face calls `model`."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = _embedding(cfg.vocab_size, cfg.hidden_size)
         if cfg.positions == "learned":
-            self.embed_positions = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+            self.embed_positions = _embedding(cfg.max_position_embeddings, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers))
         self.norm = _norm(cfg)
 
