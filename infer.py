@@ -27,7 +27,7 @@ from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of
 from nanoqwen.weights import CheckpointError, checkpoint_files, load_model
 
 RUNS = Path("runs")
-CHAT_HELP = "Ctrl-D ends, /reset forgets the conversation, Ctrl-C cuts an answer short"
+CHAT_HELP = "/help lists the commands, /reset forgets the conversation, Ctrl-C cuts an answer short, Ctrl-D ends"
 
 
 def write(text: str) -> None:
@@ -36,16 +36,16 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- prompts and model ------------------------------------------------------------------------------------------------
 
 
 def newest_run() -> Path:
     """The run folder under runs/ whose newest checkpoint is the youngest."""
     files = sorted(file for run in sorted(RUNS.glob("*")) for file in checkpoint_files(run))
-    found = {path.parents[2]: path.stat().st_mtime for path in files}
-    if not found:
+    ages = {path.parents[2]: path.stat().st_mtime for path in files}
+    if not ages:
         raise CheckpointError(f"no run under {RUNS}/: train one with `make train`, or name a source with --ckpt")
-    return max(found, key=found.__getitem__)
+    return max(ages, key=ages.__getitem__)
 
 
 def read_prompts(cfg: Config) -> list[str]:
@@ -73,7 +73,7 @@ def _read_stdin() -> str:
 
 
 class Session:
-    """A loaded model and how it is asked."""
+    """A loaded model with its tokenizer and settings."""
 
     def __init__(self, cfg: Config):
         check(cfg)
@@ -110,23 +110,24 @@ class Session:
         return [*self.tokenizer.prefix, *ids]
 
     def pieces(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
-        """(row, printable text) as the rows are made; beams come as wholes. Leaves the speed in `self.note`."""
-        started, made = time.perf_counter(), 0
+        """(row, printable text) as the rows are made; beams come complete. Leaves the speed in `self.note`."""
+        started, new_tokens = time.perf_counter(), 0
         decoders = [StreamDecoder(self.tokenizer, self.infer.stop) for _ in prompts]
         if self.sampling.num_beams > 1:
-            for row, ids in enumerate(generate(self.model, prompts, self.sampling, cache_dtype=self.cache_dtype)):
-                new = ids[len(prompts[row]) :]
-                made += len(new)
-                yield row, decoders[row].feed(new)
+            rows = generate(self.model, prompts, self.sampling, cache_dtype=self.cache_dtype)
+            new_ids = ((row, ids[len(prompts[row]) :]) for row, ids in enumerate(rows))
         else:
-            decode = self.tokenizer.decode
-            for event in stream(self.model, prompts, self.sampling, decode=decode, cache_dtype=self.cache_dtype):
-                made += 1
-                yield event.row, decoders[event.row].feed([event.token])
+            events = stream(
+                self.model, prompts, self.sampling, decode=self.tokenizer.decode, cache_dtype=self.cache_dtype
+            )
+            new_ids = ((event.row, [event.token]) for event in events)
+        for row, ids in new_ids:
+            new_tokens += len(ids)
+            yield row, decoders[row].feed(ids)
         yield from ((row, decoder.flush()) for row, decoder in enumerate(decoders))
-        seconds = time.perf_counter() - started
-        read = sum(map(len, prompts))
-        self.note = f"{read} tokens read, {made} written in {seconds:.2f} s: {made / seconds:.1f} tokens/s"
+        seconds, prompt_tokens = time.perf_counter() - started, sum(map(len, prompts))
+        speed = f"{new_tokens / seconds:.1f} tokens/s"
+        self.note = f"{prompt_tokens} tokens read, {new_tokens} written in {seconds:.2f} s: {speed}"
 
 
 # --- one answer, many answers, a conversation -------------------------------------------------------------------------
@@ -153,9 +154,9 @@ def continue_prompts(session: Session, prompts: list[str]) -> None:
 
 
 def shaded(pieces: Sequence[tuple[str, int]], layers: int, colour: bool) -> str:
-    """A picture of a text: each piece on a grey that is the brighter, the more of the `layers` computed it.
+    """Each piece of a text on a grey that is brighter, the more of the `layers` computed it.
 
-    Without colour the number stands in brackets where it changes.
+    Without colour the number of layers stands in brackets where it changes.
     """
     out, last = "", None
     for text, used in pieces:
@@ -187,7 +188,7 @@ def show_routing(session: Session, prompts: list[str]) -> None:
 
 
 def chat(session: Session) -> None:
-    """Turns of user and assistant until the input ends. Ctrl-C cuts an answer short; what was said stays."""
+    """Turns of user and assistant until the input ends. Ctrl-C cuts an answer short; its beginning stays."""
     say(f"chat: {CHAT_HELP}")
     turns: list[dict[str, str]] = []
     while True:
@@ -198,12 +199,16 @@ def chat(session: Session) -> None:
             say("")
             return
         question = line.strip()
-        if question == "/reset":
+        if question == "/help":
+            say(CHAT_HELP)
+        elif question == "/reset":
             turns = []
+        elif question.startswith("/"):
+            say(f"({question.split()[0]}: no such command; /help lists them)")
         elif question:
-            asked = forget_oldest(session, [*turns, {"role": "user", "content": question}])
+            conversation = forget_oldest(session, [*turns, {"role": "user", "content": question}])
             try:
-                turns = [*asked, {"role": "assistant", "content": answer(session, asked)}]
+                turns = [*conversation, {"role": "assistant", "content": answer(session, conversation)}]
             except RequestError as error:
                 say(f"({error})")
 
@@ -225,12 +230,12 @@ def answer(session: Session, turns: list[dict[str, str]]) -> str:
 def forget_oldest(session: Session, turns: list[dict[str, str]]) -> list[dict[str, str]]:
     """Drop questions with their answers from the front until the rest leaves room for an answer."""
     room = session.model.cfg.context - session.sampling.max_new_tokens
-    kept = turns
-    while len(kept) > 1 and len(session.conversation_ids(kept)) > room:
-        kept = kept[2:]
-    if len(kept) < len(turns):
-        say(f"(the context is full: the first {len(turns) - len(kept)} messages are forgotten)")
-    return kept
+    remaining = turns
+    while len(remaining) > 1 and len(session.conversation_ids(remaining)) > room:
+        remaining = remaining[2:]
+    if len(remaining) < len(turns):
+        say(f"(the context is full: the first {len(turns) - len(remaining)} messages are forgotten)")
+    return remaining
 
 
 def main(argv: list[str]) -> None:

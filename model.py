@@ -283,9 +283,9 @@ class Rope:
         dynamic = cfg.rope_scaling is not None and cfg.rope_scaling.rope_type == "dynamic"
         stretched = max(length, cfg.original_context) if dynamic else 0  # the only rule that looks at the request
         made_for = (cfg.rope_theta, cfg.rope_scaling, cfg.head_size, cfg.original_context, stretched, device)
-        held = len(self._tables[0]) if self._tables else 0
-        if made_for != self._made_for or positions > held:
-            size = max(held, 1 << (positions - 1).bit_length())
+        size = len(self._tables[0]) if self._tables else 0
+        if made_for != self._made_for or positions > size:
+            size = max(size, 1 << (positions - 1).bit_length())
             cos, sin = rope_tables(cfg, size, length)  # on the CPU: Apple GPUs have no fp64
             self._tables = cos.to(device), sin.to(device)
             self._made_for = made_for
@@ -302,8 +302,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-# Where the tokens of a call go: behind so many, in all rows alike, or (rows, tokens, slots) one by one.
-Place = int | tuple[Tensor, Tensor, Tensor]
+# Where the tokens of a call go: from this slot on, in all rows alike, or (rows, tokens, slots) one by one.
+CacheSlots = int | tuple[Tensor, Tensor, Tensor]
+
+
+class LayerState(Protocol):
+    """What a router keeps of a request, in place of its layer's keys and values of all tokens."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def advance(self) -> None: ...
+    def select(self, rows: Sequence[int]) -> None: ...
+    def crop(self, length: int) -> None: ...
 
 
 class KVCache:
@@ -321,161 +331,58 @@ class KVCache:
         self.capacity = 0
         self._keys: list[Tensor | None] = [None] * cfg.num_hidden_layers  # each [B, K, capacity, D]
         self._values: list[Tensor | None] = [None] * cfg.num_hidden_layers
-        self._routed: dict[int, RoutedCache] = {}  # of layers that keep some of the tokens only
+        self.layer_state: dict[int, LayerState] = {}  # of layers with a router, which makes it on first use
 
     @property
     def nbytes(self) -> int:
         dense = sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
-        return dense + sum(part.nbytes for part in self._routed.values())
-
-    def routed(self, layer: int, device: torch.device) -> RoutedCache:
-        """The part of a routed layer, made by its first use."""
-        if layer not in self._routed:
-            self._routed[layer] = RoutedCache(self, device)
-        return self._routed[layer]
+        return dense + sum(state.nbytes for state in self.layer_state.values())
 
     def reserve(self, slots: int) -> None:
         """Make room for rows of `slots` tokens."""
         if slots > self.length:
-            raise ValueError(f"the cache is made for {self.length} tokens a row, this call needs {slots}")
+            raise ValueError(f"the cache is made for {self.length} tokens per row, this call needs {slots}")
         if slots > self.capacity:
             self.capacity = min(max(slots, 2 * self.capacity), self.length)
 
-    def write(self, layer: int, k: Tensor, v: Tensor, place: Place, slots: int) -> tuple[Tensor, Tensor]:
-        """Put k, v [B, K, T, D] in their place; return the first `slots` of all keys and values, [B, K, S, D] each."""
-        out = []
-        for held, new in ((self._keys, k), (self._values, v)):
-            held[layer] = _grown(held[layer], new, len(new), self.capacity, self.dtype)
-            _put(held[layer], new, place)
-            out.append(held[layer][:, :, :slots].to(new.dtype))
-        return out[0], out[1]
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: CacheSlots, keys: int) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, K, T, D] to their slots; return the first `keys` slots of each, [B, K, S, D]."""
+        for tensors, new in ((self._keys, k), (self._values, v)):
+            tensors[layer] = grow(tensors[layer], new, len(new), self.capacity, self.dtype)
+            write_slots(tensors[layer], new, slots)
+        return self._keys[layer][:, :, :keys].to(k.dtype), self._values[layer][:, :, :keys].to(v.dtype)
 
     def advance(self, counts: Sequence[int]) -> None:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        for part in self._routed.values():
-            part.advance()
+        for state in self.layer_state.values():
+            state.advance()
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep, repeat or reorder rows (beam search; rows that have ended)."""
         if list(rows) == list(range(len(self.lengths))):
             return
         self.lengths = [self.lengths[row] for row in rows]
-        for part in self._routed.values():
-            part.select(rows)
-        for held in (self._keys, self._values):
-            for layer, tensor in enumerate(held):
+        for state in self.layer_state.values():
+            state.select(rows)
+        for tensors in (self._keys, self._values):
+            for layer, tensor in enumerate(tensors):
                 if tensor is not None:
-                    held[layer] = tensor[torch.tensor(rows, device=tensor.device)]
+                    tensors[layer] = tensor[torch.tensor(rows, device=tensor.device)]
 
     def crop(self, length: int) -> None:
         """Forget everything from position `length` on."""
-        self.lengths = [min(max(length, 0), held) for held in self.lengths]
-        for part in self._routed.values():
-            part.crop(length)
+        self.lengths = [min(max(length, 0), old) for old in self.lengths]
+        for state in self.layer_state.values():
+            state.crop(length)
 
     def free(self) -> None:
         """Give the memory back and start over."""
         self.lengths, self.capacity = [0] * len(self.lengths), 0
         self._keys, self._values = [None] * len(self._keys), [None] * len(self._values)
-        self._routed = {}
+        self.layer_state = {}
 
 
-class RoutedPlace(NamedTuple):
-    """Where the selected tokens of a call go in a RoutedCache. The call may be on some of the cache's rows alone."""
-
-    kept: Tensor | None  # [B'] rows of the cache that the call is on; None: all, in their order
-    rows: Tensor  # [N] of the call
-    tokens: Tensor  # [N] of the call
-    entries: Tensor  # [N] where they go
-
-
-class RoutedCache:
-    """One routed layer's part of a KVCache: keys and values of selected tokens alone, each with its slot in the row.
-
-    Beside them `notes`: a few numbers for every token of the row, selected or not, from which the next decisions
-    follow. Being one for each token, they can be cropped; a last hidden state could not.
-    """
-
-    def __init__(self, cache: KVCache, device: torch.device):
-        self.cache = cache
-        self.counts = torch.zeros(len(cache.lengths), dtype=torch.long, device=device)  # entries of each row
-        self.most = 0  # on the host: at least the largest of them
-        self._adding: tuple[Tensor, int] | None = None
-        self._keys: Tensor | None = None  # [B, K, C, D]
-        self._values: Tensor | None = None
-        self._slots: Tensor | None = None  # int32 [B, 1, C, 1]
-        self._notes: Tensor | None = None  # fp32 [B, 1, capacity of the cache, numbers]
-
-    @property
-    def nbytes(self) -> int:
-        held = (self.counts, self._keys, self._values, self._slots, self._notes)
-        return sum(t.nbytes for t in held if t is not None)
-
-    def note(self, new: Tensor, place: Place) -> Tensor:
-        """Write numbers [B, T, N] of new tokens; return those of all slots, [B, capacity, N]."""
-        self._notes = _grown(self._notes, new[:, None], len(new), self.cache.capacity)
-        _put(self._notes, new[:, None], place)
-        return self._notes[:, 0]
-
-    def begin(self, adding: Tensor, most: int) -> None:
-        """Announce `adding` [B] entries, after which a row has at most `most`.
-
-        They count from `advance` on, so that a call which fails leaves no trace.
-        """
-        self._adding = adding, most
-
-    def at_most(self, adding: int) -> int:
-        """How many entries a row may have after `adding` more; the device is asked only before the memory grows."""
-        if self._keys is not None and self.most + adding > self._keys.shape[2]:
-            self.most = int(self.counts.max())
-        return self.most + adding
-
-    def place_slots(self, slots: Tensor, place: RoutedPlace, entries: int) -> Tensor:
-        """Write the slots [N] of new entries; return the first `entries` of all, [B', entries]."""
-        rows = place.rows if place.kept is None else place.kept[place.rows]
-        like = slots.new_empty(1, 1, 1, 1, dtype=torch.int32)
-        self._slots = _grown(self._slots, like, len(self.counts), self._room(self._slots, entries))
-        self._slots[rows, 0, place.entries, 0] = slots.int()
-        held = self._slots[:, 0, :entries, 0]
-        return held if place.kept is None else held[place.kept]
-
-    def write(self, _: int, k: Tensor, v: Tensor, place: RoutedPlace, entries: int) -> tuple[Tensor, Tensor]:
-        """As KVCache.write: put selected k, v [B', K, T, D]; return [B', K, entries, D] of each."""
-        rows = place.rows if place.kept is None else place.kept[place.rows]
-        room = self._room(self._keys, entries)
-        self._keys = _grown(self._keys, k, len(self.counts), room, self.cache.dtype)
-        self._values = _grown(self._values, v, len(self.counts), room, self.cache.dtype)
-        out = []
-        for held, new in ((self._keys, k), (self._values, v)):
-            held[rows, :, place.entries] = _fitting(new[place.rows, :, place.tokens], held.dtype)
-            shown = held[:, :, :entries]
-            out.append((shown if place.kept is None else shown[place.kept]).to(new.dtype))
-        return out[0], out[1]
-
-    def _room(self, held: Tensor | None, entries: int) -> int:
-        old = 0 if held is None else held.shape[2]
-        return old if entries <= old else min(max(entries, 2 * old), self.cache.length)
-
-    def advance(self) -> None:
-        if self._adding is not None:
-            self.counts, self.most = self.counts + self._adding[0], self._adding[1]
-            self._adding = None
-
-    def select(self, rows: Sequence[int]) -> None:
-        index = torch.tensor(rows, device=self.counts.device)
-        for name in ("counts", "_keys", "_values", "_slots", "_notes"):
-            if (held := getattr(self, name)) is not None:
-                setattr(self, name, held[index])
-
-    def crop(self, length: int) -> None:
-        """Slots ascend within a row, so what remains are its first entries."""
-        if self._slots is not None:
-            real = torch.arange(self._slots.shape[2], device=self.counts.device) < self.counts[:, None]
-            self.counts = (real & (self._slots[:, 0, :, 0] < length)).sum(1)
-            self.most = min(self.most, max(length, 0))
-
-
-def _grown(old: Tensor | None, like: Tensor, batch: int, capacity: int, dtype: torch.dtype | None = None) -> Tensor:
+def grow(old: Tensor | None, like: Tensor, batch: int, capacity: int, dtype: torch.dtype | None = None) -> Tensor:
     """[batch, heads, capacity, size] with the contents of `old`; heads, size, device and type as `like` has them."""
     if old is not None and old.shape[2] == capacity:
         return old
@@ -487,20 +394,22 @@ def _grown(old: Tensor | None, like: Tensor, batch: int, capacity: int, dtype: t
     return grown
 
 
-def _fitting(new: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_saturating(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """To the cache's type. fp16 saturates: an inf in the cache would become NaN in the softmax."""
     if dtype == torch.float16 and new.dtype != torch.float16:
         largest = torch.finfo(torch.float16).max
-        new = new.clamp(-largest, largest)  # saturate: an inf in the cache would become NaN in the softmax
+        new = new.clamp(-largest, largest)
     return new.to(dtype)
 
 
-def _put(cache: Tensor, new: Tensor, place: Place) -> None:
-    new = _fitting(new, cache.dtype)
-    if isinstance(place, int):
-        cache[:, :, place : place + new.shape[2]] = new
+def write_slots(cache: Tensor, new: Tensor, slots: CacheSlots) -> None:
+    """Write new [B, heads, T, size] into cache [B, heads, capacity, size]."""
+    new = cast_saturating(new, cache.dtype)
+    if isinstance(slots, int):
+        cache[:, :, slots : slots + new.shape[2]] = new
     else:
-        rows, tokens, slots = place
-        cache[rows, :, slots] = new[rows, :, tokens]
+        rows, tokens, index = slots
+        cache[rows, :, index] = new[rows, :, tokens]
 
 
 # --- who may look at whom ---------------------------------------------------------------------------------------------
@@ -515,32 +424,36 @@ class Context(NamedTuple):
     cos: Tensor | None  # [B|1, 1, T, D/2]
     sin: Tensor | None
     mask: Tensor | None  # bool [B|1, 1, T, S], true where a query may look at a key; None: plain causality
-    alive: Tensor | None  # bool [B|1, 1, T, 1], false for a query that may look at nothing; None: all may
-    cache: KVCache | RoutedCache | None
-    place: Place | RoutedPlace  # of the new tokens in the cache
+    attends_to_any: Tensor | None  # bool [B|1, 1, T, 1], false for a query that may look at nothing; None: all may
+    cache: Any  # a KVCache or None; a router may pass its block another object with `write`, and slots of its kind
+    slots: Any  # CacheSlots of the new tokens
     keys: int  # S
-    # For routers alone:
-    valid: Tensor | None = None  # bool [B, T], false for padding; None: no token is
+    # The arguments of the forward, as a router needs them:
+    counts: list[int]  # real tokens of each row
+    cached: list[int]  # tokens that each row has in the cache
+    attn_mask: Tensor | MaskRule | None
+    targets: Tensor | None  # [B, T], where some tokens have none
+    shared: dict[str, Any]  # what routers compute once per forward
     before: Tensor | None = None  # [B, T, E], the input of the layer before
 
 
-def _boolean_mask(mask: Tensor) -> Tensor:
+def boolean_mask(mask: Tensor) -> Tensor:
+    """True where a query may look: an additive mask has 0 there and -1e4 or less elsewhere."""
     if mask.dtype == torch.bool:
         return mask
     shape = tuple(mask.shape)
-    _require(mask.is_floating_point(), f"attn_mask {shape}: expected bool or additive float, got {mask.dtype}")
-    keep, drop = mask == 0, mask <= -1e4
-    _require(
-        bool((keep | drop).all()),
-        f"attn_mask {shape}: an additive mask holds 0 (look) and -1e4 or less (do not), and nothing else",
-    )
+    if not mask.is_floating_point():
+        raise ValueError(f"attn_mask {shape}: expected bool or additive float, got {mask.dtype}")
+    keep = mask == 0
+    if not (keep | (mask <= -1e4)).all():
+        raise ValueError(f"attn_mask {shape}: an additive mask holds 0 (look) and -1e4 or less (do not), nothing else")
     return keep
 
 
 def _mask_from_tensor(mask: Tensor, q_slots: Tensor, keys: int, batch: int) -> tuple[Tensor, Tensor | None]:
     """(bool [B|1, 1, T|1, S], bool [B|1, S] if it only speaks of keys), cut out at absolute positions."""
     shape = tuple(mask.shape)
-    mask = _boolean_mask(mask)
+    mask = boolean_mask(mask)
     if mask.dim() == 2:
         mask = mask[:, None, None, :]
     legal = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1 and mask.shape[3] >= keys
@@ -564,44 +477,20 @@ def _document_runs(documents: Tensor) -> tuple[Tensor, Tensor]:
     return starts.cumsum(dim=1), index - first
 
 
-def _even(cached: list[int], tokens: int, keys: int) -> bool:
-    """Whether all rows are at the same place and the longest fills the call: then slices do for indices."""
+def _is_contiguous(cached: list[int], tokens: int, keys: int) -> bool:
+    """True if all rows start at the same slot and the longest fills the call, so that the write is a slice."""
     return len(set(cached)) == 1 and keys == cached[0] + tokens
 
 
-def _place(cached: list[int], counts: list[int], tokens: int, keys: int, device: torch.device) -> Place:
-    if _even(cached, tokens, keys):
-        return cached[0]  # padding behind shorter rows is written too, and written over by their next tokens
-    listed = [(row, i, cached[row] + i) for row, count in enumerate(counts) for i in range(count)]
-    rows, new, slots = torch.tensor(listed, dtype=torch.long, device=device).view(-1, 3).unbind(1)
+def _cache_slots(cached: list[int], counts: list[int], tokens: int, keys: int, device: torch.device) -> CacheSlots:
+    if _is_contiguous(cached, tokens, keys):
+        return cached[0]  # padding behind shorter rows is written too, and overwritten by their next tokens
+    real = [(row, i, cached[row] + i) for row, count in enumerate(counts) for i in range(count)]
+    rows, new, slots = torch.tensor(real, dtype=torch.long, device=device).view(-1, 3).unbind(1)
     return rows, new, slots
 
 
-def _valid(
-    tokens: Tensor,
-    counts: list[int],
-    cached: list[int],
-    attn_mask: Tensor | MaskRule | None,
-    targets: Tensor | None,
-) -> Tensor | None:
-    """bool [B, T]: which tokens are no padding, by lengths, by a mask of keys, or behind a row's last target."""
-    (batch, count), device = tokens.shape, tokens.device
-    index = torch.arange(count, device=device)
-    valid = None
-    if min(counts) < count:
-        valid = index < torch.tensor(counts, device=device)[:, None]
-    if isinstance(attn_mask, Tensor) and (attn_mask.dim() == 2 or attn_mask.shape[2] == 1):
-        slots = torch.tensor(cached, device=device)[:, None] + index
-        real = _boolean_mask(attn_mask.to(device)).flatten(1).expand(batch, -1)
-        real = real.gather(1, slots.clamp(max=real.shape[1] - 1))
-        valid = real if valid is None else valid & real
-    if targets is not None:
-        ahead = (targets != IGNORE).flip(1).cumsum(1).flip(1) > 0
-        valid = ahead if valid is None else valid & ahead
-    return valid
-
-
-def _who_sees_whom(
+def _positions_and_mask(
     tokens: Tensor,
     counts: list[int],
     cached: list[int],
@@ -610,21 +499,24 @@ def _who_sees_whom(
     documents: Tensor | None,
     allow_future: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(positions, mask, alive) of tokens [B, T], `counts` of them real, behind `cached` ones; `keys` in all."""
+    """(positions, mask, attends_to_any) of tokens [B, T], `counts` of them real, behind `cached` ones; `keys` in all.
+
+    The names and shapes are those of Context.
+    """
     (batch, count), device = tokens.shape, tokens.device
     first = torch.tensor(cached[:1] if len(set(cached)) == 1 else cached, device=device)
     q_slots = first[:, None] + torch.arange(count, device=device)  # [B|1, T]
     custom = attn_mask is not None or allow_future
     plain = not custom and documents is None and (count == 1 or cached[0] == 0)
-    if plain and _even(cached, count, keys):
+    if plain and _is_contiguous(cached, count, keys):
         return q_slots, None, None
 
     k_slots = torch.arange(keys, device=device)
-    seen = q_slots  # bottom-right aligned: query i of a call looks at everything cached and at the new keys up to i
+    last_key = q_slots  # query i of a call looks at all cached keys and at the new ones up to i
     if allow_future:  # at all real keys
-        ends = [held + new - 1 for held, new in zip(cached, counts, strict=True)]
-        seen = torch.tensor(ends, device=device)[:, None].expand(-1, count)
-    mask = k_slots <= seen[:, None, :, None]  # [B|1, 1, T, S]
+        ends = [old + new - 1 for old, new in zip(cached, counts, strict=True)]
+        last_key = torch.tensor(ends, device=device)[:, None].expand(-1, count)
+    mask = k_slots <= last_key[:, None, :, None]  # [B|1, 1, T, S]
     positions = q_slots
     if callable(attn_mask):
         rows = torch.arange(batch, device=device)[:, None, None, None]
@@ -633,9 +525,9 @@ def _who_sees_whom(
         allowed, real_keys = _mask_from_tensor(attn_mask.to(device), q_slots, keys, batch)
         mask = mask & allowed
         if real_keys is not None:  # padding on the left: positions count real tokens only
-            counted = (real_keys.long().cumsum(dim=1) - 1).clamp(min=0)
-            rows = torch.arange(len(counted), device=device)[:, None]
-            positions = counted[rows, q_slots.clamp(max=keys - 1)]
+            real_before = (real_keys.long().cumsum(dim=1) - 1).clamp(min=0)
+            rows = torch.arange(len(real_before), device=device)[:, None]
+            positions = real_before[rows, q_slots.clamp(max=keys - 1)]
     if documents is not None:
         runs, positions = _document_runs(documents)
         mask = mask & (runs[:, None, :, None] == runs[:, None, None, :])
@@ -643,8 +535,8 @@ def _who_sees_whom(
         return positions, mask, None
     # A query that may look at nothing looks at everything, and its output is then replaced by zeros: a softmax over
     # nothing would be NaN, in the backward also for its neighbours.
-    alive = mask.any(-1, keepdim=True)
-    return positions, mask | ~alive, alive
+    attends_to_any = mask.any(-1, keepdim=True)
+    return positions, mask | ~attends_to_any, attends_to_any
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -680,7 +572,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context, dropout: float) -> Ten
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=ctx.mask, dropout_p=dropout, is_causal=ctx.mask is None, enable_gqa=heads != k.shape[1]
         )
-    return y if ctx.alive is None else torch.where(ctx.alive, y, 0)
+    return y if ctx.attends_to_any is None else torch.where(ctx.attends_to_any, y, 0)
 
 
 class Attention(nn.Module):
@@ -706,7 +598,7 @@ class Attention(nn.Module):
         if ctx.cos is not None:
             q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if ctx.cache is not None:
-            k, v = ctx.cache.write(self.layer, k, v, ctx.place, ctx.keys)
+            k, v = ctx.cache.write(self.layer, k, v, ctx.slots, ctx.keys)
         y = attend(q, k, v, ctx, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -746,14 +638,19 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
 
+def _embedding(rows: int, size: int) -> nn.Embedding:
+    # On the meta device, where weights are loaded later, `normal_` would import torch._dynamo: 0.6 s for nothing.
+    return nn.Embedding(rows, size, _weight=torch.empty(rows, size) if torch.empty(0).is_meta else None)
+
+
 class Decoder(nn.Module):
     """Embeddings, layers and the last norm: the part that Hugging Face calls `model`."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = _embedding(cfg.vocab_size, cfg.hidden_size)
         if cfg.positions == "learned":
-            self.embed_positions = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+            self.embed_positions = _embedding(cfg.max_position_embeddings, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers))
         self.norm = _norm(cfg)
 
@@ -797,8 +694,16 @@ def _counts(tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]
     return counts
 
 
+def _last_real(hidden: Tensor, counts: Sequence[int], cache: KVCache | None) -> Tensor:
+    """All positions, but with a cache only each row's last real one: [B, 1, E]."""
+    if cache is None or hidden.shape[1] == 1:
+        return hidden
+    last = torch.tensor(counts, device=hidden.device) - 1
+    return hidden[torch.arange(len(last), device=hidden.device), last.clamp(min=0)][:, None]
+
+
 class GPT(nn.Module):
-    def __init__(self, cfg: ModelConfig, routers: dict[int, nn.Module] | None = None):
+    def __init__(self, cfg: ModelConfig, routers: dict[int, Router] | None = None):
         super().__init__()
         self.cfg = cfg
         self.model = Decoder(cfg)
@@ -830,44 +735,47 @@ class GPT(nn.Module):
 
         lengths    how many of each row's T tokens are real; the rest is padding on the right
         documents  [B, T] ids; tokens of different documents do not see each other, positions restart
-        attn_mask  who may look at whom, by absolute position: bool or additive, (B, S), (B, 1, 1, S), (B, 1, S, S),
+        attn_mask  which keys a query sees, by absolute position: bool or additive, (B, S), (B, 1, 1, S), (B, 1, S, S),
                    or a rule (row, query, key) -> bool. It restricts causality; with allow_future it replaces it
-        length     what the rows will grow to, which dynamic rotary scaling looks at; None: the cache's length, or T
-        at         [N] where the flat targets [B * T] are not -100, when that is known: no other logits are computed
-        weights    [B, T] what each target's loss is multiplied with
+        length     final length of the rows, which dynamic rotary scaling depends on; None: the cache's length, or T
+        at         [N] indices of the flat targets [B * T] that are not -100, if known: no other logits are computed
+        weights    [B, T] factors on each target's loss
         """
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens: expected shape (B, T) with at least one token, got {tuple(tokens.shape)}")
         counts = _counts(tokens, lengths)
-        sparse = targets if at is not None else None  # else every token has a target, and nothing need be asked
+        # Without `at` every token has a target: no host sync to find out.
+        sparse = targets if at is not None else None
         ctx = self._context(tokens, counts, cache, documents, attn_mask, allow_future, length, sparse)
         x = self.model.embed_tokens(tokens)
         if self.cfg.positions == "learned":
             x = x + self.model.embed_positions(ctx.positions)
-        x = self.drop(x)
         penalties: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
+        hidden = self.model.norm(self._run_layers(self.drop(x), ctx, penalties, stats))
+        if cache is not None:
+            cache.advance(counts)
+        if targets is None:
+            return Output(hidden, self.logits(_last_real(hidden, counts, cache)), None, None, penalties, stats)
+        if lengths is not None:
+            ends = torch.tensor(counts, device=tokens.device)[:, None]
+            targets = targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= ends, IGNORE)
+        loss, log_z_squares, unweighted = self._summed_loss(hidden, targets, at, weights)
+        if self.z_loss:
+            penalties["z_loss"] = log_z_squares
+        return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats, unweighted)
+
+    def _run_layers(self, x: Tensor, ctx: Context, penalties: dict[str, Tensor], stats: dict[str, Tensor]) -> Tensor:
         before = x
         for layer, block in enumerate(self.model.layers):
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             if str(layer) in self.routers:
-                here = ctx._replace(before=before)
-                x, before = self.routers[str(layer)](x, here, block, penalties, stats), x
+                y = self.routers[str(layer)](x, ctx._replace(before=before), block, penalties, stats)
             else:
-                x, before = block(x, ctx), x
-        hidden = self.model.norm(x)
-        if cache is not None:
-            cache.advance(counts)
-        if targets is None:
-            return Output(hidden, self.logits(self._last(hidden, counts, cache)), None, None, penalties, stats)
-        if lengths is not None:
-            ends = torch.tensor(counts, device=tokens.device)[:, None]
-            targets = targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= ends, IGNORE)
-        loss, square, plain = self._summed_loss(hidden, targets, at, weights)
-        if self.z_loss:
-            penalties["z_loss"] = square
-        return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats, plain)
+                y = block(x, ctx)
+            x, before = y, x
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] -> fp32 [..., V]"""
@@ -888,14 +796,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def resize_vocab(self, vocab_size: int) -> None:
-        """Cut or extend embedding and head; a new row is the mean of the old ones, which no token stands out from."""
+        """Cut or extend embedding and head; a new row is the mean of the old ones."""
         for owner, name in ((self.model, "embed_tokens"), (self, "lm_head")):
             old = getattr(owner, name)
             if old is None:
                 continue
-            kept = min(vocab_size, old.weight.shape[0])
+            common = min(vocab_size, old.weight.shape[0])
             weight = old.weight.mean(0, keepdim=True).repeat(vocab_size, 1)
-            weight[:kept] = old.weight[:kept]
+            weight[:common] = old.weight[:common]
             old.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
             setattr(old, "num_embeddings" if name == "embed_tokens" else "out_features", vocab_size)
         self.cfg = replace(self.cfg, vocab_size=vocab_size)
@@ -917,9 +825,11 @@ class GPT(nn.Module):
         if cache is not None:
             self._check_cache(cache, tokens, documents)
             cached = cache.lengths
-            keys = longest = max(held + new for held, new in zip(cached, counts, strict=True))
+            keys = longest = max(old + new for old, new in zip(cached, counts, strict=True))
             cache.reserve(keys)
-        positions, mask, alive = _who_sees_whom(tokens, counts, cached, keys, attn_mask, documents, allow_future)
+        positions, mask, attends_to_any = _positions_and_mask(
+            tokens, counts, cached, keys, attn_mask, documents, allow_future
+        )
         cos = sin = None
         reach = max(cached) + count  # padding included: it has positions too
         if self.cfg.positions == "rope":
@@ -931,9 +841,9 @@ class GPT(nn.Module):
             raise ValueError(f"{longest} tokens in a row, but max_position_embeddings is {table}")
         else:
             positions = positions.clamp(max=self.cfg.max_position_embeddings - 1)  # of padding
-        place = _place(cached, counts, count, keys, tokens.device)
-        valid = _valid(tokens, counts, cached, attn_mask, targets) if len(self.routers) else None
-        return Context(positions, cos, sin, mask, alive, cache, place, keys, valid)
+        slots = _cache_slots(cached, counts, count, keys, tokens.device)
+        call = (counts, cached, attn_mask, targets, {})
+        return Context(positions, cos, sin, mask, attends_to_any, cache, slots, keys, *call)
 
     def _check_cache(self, cache: KVCache, tokens: Tensor, documents: Tensor | None) -> None:
         if self.training:
@@ -944,14 +854,6 @@ class GPT(nn.Module):
             raise ValueError("documents and a cache cannot be combined: a request is one document")
         if len(cache.lengths) != len(tokens):
             raise ValueError(f"the cache has {len(cache.lengths)} rows, the tokens {len(tokens)}")
-
-    @staticmethod
-    def _last(hidden: Tensor, counts: Sequence[int], cache: KVCache | None) -> Tensor:
-        """All positions, but with a cache only each row's last real one: [B, 1, E]."""
-        if cache is None or hidden.shape[1] == 1:
-            return hidden
-        last = torch.tensor(counts, device=hidden.device) - 1
-        return hidden[torch.arange(len(last), device=hidden.device), last.clamp(min=0)][:, None]
 
     def _summed_loss(
         self, hidden: Tensor, targets: Tensor, at: Tensor | None, weights: Tensor | None = None
@@ -966,25 +868,25 @@ class GPT(nn.Module):
         flat = [hidden.flatten(0, 1), targets.flatten(), *([] if weights is None else [weights.flatten()])]
         if at is not None:
             flat = [tensor[at] for tensor in flat]
-        parts = list(zip(*(tensor.split(rows) for tensor in flat), strict=True))
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            sums = [self._chunk_loss(*part) for part in parts]
-        else:  # the backward makes each chunk's logits once more
-            sums = [checkpoint(self._chunk_loss, *part, use_reentrant=False) for part in parts]
+        chunks = list(zip(*(tensor.split(rows) for tensor in flat), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            sums = [self._chunk_loss(*chunk) for chunk in chunks]
+        else:  # the backward computes each chunk's logits again
+            sums = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return [sum(column) for column in zip(*sums, strict=True)]
 
     def _chunk_loss(
         self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(hidden)
-        square = torch.zeros((), device=logits.device)
+        log_z_squares = torch.zeros((), device=logits.device)
         if self.z_loss:
-            square = torch.where(targets != IGNORE, logits.logsumexp(-1), 0.0).square().sum()
+            log_z_squares = torch.where(targets != IGNORE, logits.logsumexp(-1), 0.0).square().sum()
         if weights is None:
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-            return loss, square, loss
-        each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-        return (each * weights).sum(), square, each.sum()
+            return loss, log_z_squares, loss
+        losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+        return (losses * weights).sum(), log_z_squares, losses.sum()
 
 
 # --- initialisation ---------------------------------------------------------------------------------------------------
@@ -1073,27 +975,27 @@ class Sampling(SamplingOptions):
         super().__post_init__()
 
 
-def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, how: Sampling) -> Tensor:
+def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> Tensor:
     """Logits [B, V] -> fp32 [B, V] after bans, repetition penalty, n-gram ban and minimum length.
 
     `rows` are the ids of each row so far, prompt included, of which `new_tokens` are generated.
     """
     logits = logits.float()
     logits = logits.masked_fill(logits.isnan(), -math.inf)
-    if how.banned:
-        logits = logits.index_fill(1, torch.tensor(how.banned, device=logits.device), -math.inf)
-    if how.repetition_penalty != 1.0:
+    if sampling.banned:
+        logits = logits.index_fill(1, torch.tensor(sampling.banned, device=logits.device), -math.inf)
+    if sampling.repetition_penalty != 1.0:
         seen = torch.zeros_like(logits, dtype=torch.bool)
         for row, ids in enumerate(rows):
             seen[row, torch.tensor(ids, device=logits.device)] = True
-        r = how.repetition_penalty
-        logits = torch.where(seen, torch.where(logits < 0, logits * r, logits / r), logits)
-    if how.no_repeat_ngram_size:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.no_repeat_ngram_size:
         for row, ids in enumerate(rows):
-            completes = _completions_of_seen_ngrams(ids, how.no_repeat_ngram_size, logits.device)
-            logits[row] = logits[row].index_fill(0, completes, -math.inf)
-    if how.eos and new_tokens < how.min_new_tokens:
-        logits = logits.index_fill(1, torch.tensor(how.eos, device=logits.device), -math.inf)
+            banned = _completions_of_seen_ngrams(ids, sampling.no_repeat_ngram_size, logits.device)
+            logits[row] = logits[row].index_fill(0, banned, -math.inf)
+    if sampling.eos and new_tokens < sampling.min_new_tokens:
+        logits = logits.index_fill(1, torch.tensor(sampling.eos, device=logits.device), -math.inf)
     return logits
 
 
@@ -1189,27 +1091,32 @@ class _Request:
         self,
         model: GPT,
         prompts: Sequence[Sequence[int]],
-        how: Sampling,
-        attn_mask: Tensor | MaskRule | None = None,
-        cache_dtype: torch.dtype | None = None,
-        use_cache: bool = True,
+        sampling: Sampling,
+        attn_mask: Tensor | MaskRule | None,
+        cache_dtype: torch.dtype | None,
+        use_cache: bool,
     ):
-        self.model, self.attn_mask, self.cache_dtype = model, attn_mask, cache_dtype
-        self.origin = list(range(len(prompts)))
-        self.longest = min(max(map(len, prompts)) + how.max_new_tokens, model.cfg.context)
-        self.cache = KVCache(model.cfg, len(prompts), cache_dtype, self.longest) if use_cache else None
+        self.model, self.attn_mask, self.cache_dtype, self.use_cache = model, attn_mask, cache_dtype, use_cache
+        self.prompt_of_row = list(range(len(prompts)))
+        self.length = min(max(map(len, prompts)) + sampling.max_new_tokens, model.cfg.context)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with an empty cache."""
+        rows = len(self.prompt_of_row)
+        self.cache = KVCache(self.model.cfg, rows, self.cache_dtype, self.length) if self.use_cache else None
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """fp32 [B, V] for the token after each row. Only what the cache has not seen is fed to the model."""
-        seen = self.cache.lengths if self.cache is not None else [0] * len(rows)
+        cached = self.cache.lengths if self.cache is not None else [0] * len(rows)
         device = self.model.get_input_embeddings().weight.device
-        tokens, lengths = pad_rows([row[start:] for row, start in zip(rows, seen, strict=True)], device=device)
+        tokens, lengths = pad_rows([row[start:] for row, start in zip(rows, cached, strict=True)], device=device)
         training = self.model.training
-        if training:  # for this forward alone: between two tokens the model belongs to whoever reads them
+        if training:  # for this forward alone: between two tokens the caller may use the model
             self.model.eval()
         try:
-            # Dynamic scaling looks at the context, not at how long this batch happens to get: a row's text does not
-            # depend on its company, nor on max_new_tokens.
+            # Dynamic scaling depends on the context, not on how long this batch gets: a row's text is independent of
+            # the other rows and of max_new_tokens.
             length = self.model.cfg.context
             out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=self._mask(), length=length)
         finally:
@@ -1227,54 +1134,50 @@ class _Request:
         if self.attn_mask is None:
             return None
         if callable(self.attn_mask):
-            origin = torch.tensor(self.origin)
-            return lambda row, query, key: self.attn_mask(origin.to(row.device)[row], query, key)
-        return self.attn_mask if len(self.attn_mask) == 1 else self.attn_mask[self.origin]
+            prompts = torch.tensor(self.prompt_of_row)
+            return lambda row, query, key: self.attn_mask(prompts.to(row.device)[row], query, key)
+        return self.attn_mask if len(self.attn_mask) == 1 else self.attn_mask[self.prompt_of_row]
 
     def select(self, rows: Sequence[int]) -> None:
-        self.origin = [self.origin[row] for row in rows]
+        self.prompt_of_row = [self.prompt_of_row[row] for row in rows]
         if self.cache is not None:
             self.cache.select(rows)
 
-    def restart(self) -> None:
-        if self.cache is not None:
-            self.cache = KVCache(self.model.cfg, len(self.origin), self.cache_dtype, self.longest)
-
 
 class RequestError(ValueError):
-    """A prompt that this model cannot continue as asked."""
+    """A prompt that this model cannot continue with these settings."""
 
 
-def _checked_prompts(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, how: Sampling) -> list[list[int]]:
+def _checked_prompts(model: GPT, prompts: Sequence[Sequence[int]] | Tensor, sampling: Sampling) -> list[list[int]]:
     rows = [[int(i) for i in row] for row in prompts]
     if not rows:
         raise RequestError("prompts: expected at least one")
-    context, vocab = model.cfg.context, model.cfg.vocab_size
-    strange = [i for i in (*how.eos, *how.banned) if not 0 <= i < vocab]
-    if strange:
-        raise RequestError(f"eos and banned: expected ids of 0 to {vocab - 1}, got {strange[0]}")
-    for index, row in enumerate(rows, start=1):
+    context, vocab, new_tokens = model.cfg.context, model.cfg.vocab_size, sampling.max_new_tokens
+    illegal = [i for i in (*sampling.eos, *sampling.banned) if not 0 <= i < vocab]
+    if illegal:
+        raise RequestError(f"eos and banned: expected ids of 0 to {vocab - 1}, got {illegal[0]}")
+    room = {"error": new_tokens, "stop": min(1, new_tokens)}.get(sampling.overflow)  # None: windows slide
+    for number, row in enumerate(rows, start=1):
         if not row:
-            raise RequestError(f"prompt {index}: expected at least one token, got none")
+            raise RequestError(f"prompt {number}: expected at least one token, got none")
         if min(row) < 0 or max(row) >= vocab:
-            raise RequestError(f"prompt {index}: expected ids of 0 to {vocab - 1}, got {min(row)} to {max(row)}")
-        needed = len(row) + {"error": how.max_new_tokens, "stop": min(1, how.max_new_tokens), "slide": 0}[how.overflow]
-        if needed > context and how.overflow != "slide" and how.max_new_tokens:
-            asked = f"{len(row)} tokens and {how.max_new_tokens} new ones"
-            raise RequestError(f"prompt {index}: {asked} exceed the context of {context} (see overflow)")
+            raise RequestError(f"prompt {number}: expected ids of 0 to {vocab - 1}, got {min(row)} to {max(row)}")
+        if room and len(row) + room > context:
+            sizes = f"{len(row)} tokens and {new_tokens} new ones"
+            raise RequestError(f"prompt {number}: {sizes} exceed the context of {context} (see overflow)")
     return rows
 
 
-def _streams(rows: Sequence[Sequence[int]], seed: int | None) -> list[random.Random]:
-    """A source of random numbers for each row that depends on the seed, and among equal prompts on their order: so a
-    row gets the same text alone and in any batch, and a prompt given twice gets two."""
+def _random_streams(rows: Sequence[Sequence[int]], seed: int | None) -> list[random.Random]:
+    """A source of random numbers for each row, from the seed, the row and how many equal rows come before it: a row
+    gets the same text alone and in any batch, and a prompt given twice gets two."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    earlier: dict[tuple[int, ...], int] = {}
+    copies: dict[tuple[int, ...], int] = {}
     streams = []
     for row in map(tuple, rows):
-        streams.append(random.Random(f"{seed}/{earlier.setdefault(row, 0)}"))
-        earlier[row] += 1
+        streams.append(random.Random(f"{seed}/{copies.setdefault(row, 0)}"))
+        copies[row] += 1
     return streams
 
 
@@ -1288,92 +1191,100 @@ def stream(
     attn_mask: Tensor | MaskRule | None = None,
     cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
-    **params: Any,
+    **values: Any,
 ) -> Iterator[Event]:
-    """Yield an Event for every new token, step by step, row by row. `params` replace fields of `sampling`.
+    """Yield an Event for every new token, step by step, row by row.
 
+    sampling   how tokens are chosen; `values` replace fields of it
     decode     ids -> text; stop strings need it. The tokens of a stop string are yielded too; `generate` cuts them
     attn_mask  as in GPT.forward; it must cover prompt and new tokens
     use_cache  False recomputes the whole row for every token: the slow twin
     """
-    how = replace(sampling or Sampling(), **params)
-    _require(how.num_beams == 1, "beams cannot be streamed: a beam may still lose to another")
-    _require(decode is not None or not how.stop, "stop strings need decode=")
-    _require(attn_mask is None or how.overflow != "slide", "overflow: slide moves positions under a custom attn_mask")
-    rows = _checked_prompts(model, prompts, how)
-    request = _Request(model, rows, how, attn_mask, cache_dtype, use_cache)
-    filters = {name: getattr(how, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    streams, prompt_lengths = _streams(rows, how.seed), [len(row) for row in rows]
-    context, window_starts = model.cfg.context, [0] * len(rows)
-    if how.overflow == "slide":
+    sampling = replace(sampling or Sampling(), **values)
+    if sampling.num_beams > 1:
+        raise ValueError("beams cannot be streamed: a beam may still lose to another")
+    if sampling.stop and decode is None:
+        raise ValueError("stop strings need decode=")
+    if attn_mask is not None and sampling.overflow == "slide":
+        raise ValueError("overflow: slide moves positions under a custom attn_mask")
+    rows, context = _checked_prompts(model, prompts, sampling), model.cfg.context
+    request = _Request(model, rows, sampling, attn_mask, cache_dtype, use_cache)
+    filters = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    streams, prompt_lengths = _random_streams(rows, sampling.seed), [len(row) for row in rows]
+    window_starts = [0] * len(rows)
+    if sampling.overflow == "slide":
         window_starts = [0 if len(row) <= context else len(row) - context // 2 for row in rows]
-    alive = list(range(len(rows)))
-    for step in range(how.max_new_tokens):
-        logits = request.logits([rows[row][window_starts[row] :] for row in alive])
-        logits = penalise(logits, [rows[row] for row in alive], step, how)
-        uniform = torch.tensor([streams[row].random() for row in alive], dtype=torch.float64)
-        finished = []
-        for place, (row, token) in enumerate(zip(alive, sample(logits, uniform, **filters).tolist(), strict=True)):
+    running = list(range(len(rows)))
+    for step in range(sampling.max_new_tokens):
+        logits = request.logits([rows[row][window_starts[row] :] for row in running])
+        logits = penalise(logits, [rows[row] for row in running], step, sampling)
+        uniform = torch.tensor([streams[row].random() for row in running], dtype=torch.float64)
+        unfinished = []  # indices into `running`
+        for index, (row, token) in enumerate(zip(running, sample(logits, uniform, **filters).tolist(), strict=True)):
             rows[row].append(token)
-            finish = _finish(rows[row], prompt_lengths[row], how, context, decode)
-            if finish:
-                finished.append(place)
+            finish = _finish_reason(rows[row], prompt_lengths[row], sampling, context, decode)
+            if not finish:
+                unfinished.append(index)
             yield Event(row, token, finish)
-        if finished:
-            kept = [place for place in range(len(alive)) if place not in finished]
-            alive = [alive[place] for place in kept]
-            if not alive:
+        if len(unfinished) < len(running):
+            running = [running[index] for index in unfinished]
+            if not running:
                 return
-            request.select(kept)
-        full = [row for row in alive if len(rows[row]) - window_starts[row] > context]
-        if full:  # only with overflow: slide. The last half of the full windows goes on, read once more from position 0
+            request.select(unfinished)
+        full = [row for row in running if len(rows[row]) - window_starts[row] > context]
+        if full:  # only with overflow: slide. The last half of a full window is computed again from position 0
             for row in full:
                 window_starts[row] = len(rows[row]) - context // 2
             request.restart()
 
 
-def _finish(row: list[int], prompt_length: int, how: Sampling, context: int, decode: Callable | None) -> str | None:
+def _finish_reason(
+    row: list[int], prompt_length: int, sampling: Sampling, context: int, decode: Callable | None
+) -> str | None:
     new_tokens = len(row) - prompt_length
-    if row[-1] in how.eos:
+    if row[-1] in sampling.eos:
         return "eos"
-    if how.stop:
+    if sampling.stop:
         # A stop string that ends with this token lies within as many tokens as it has bytes, each token having one.
-        reach = max(len(stop.encode()) for stop in how.stop) + 1
+        reach = max(len(stop.encode()) for stop in sampling.stop) + 1
         tail = decode(row[-min(reach, new_tokens) :])
-        if any(stop in tail for stop in how.stop):
+        if any(stop in tail for stop in sampling.stop):
             return "stop"
-    if new_tokens == how.max_new_tokens:
+    if new_tokens == sampling.max_new_tokens:
         return "length"
-    return "context" if how.overflow == "stop" and len(row) >= context else None
+    return "context" if sampling.overflow == "stop" and len(row) >= context else None
 
 
 def generate(
-    model: GPT, prompts: Sequence[Sequence[int]] | Tensor, sampling: Sampling | None = None, **params: Any
+    model: GPT,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    sampling: Sampling | None = None,
+    *,
+    decode: Callable[[list[int]], str] | None = None,
+    **values: Any,
 ) -> list[list[int]]:
     """Rows of ids, prompt and continuation, each of its own length (`pad_rows` makes a tensor of them).
 
     Takes what `stream` takes. With num_beams > 1 the best beam of each row. eos is part of a row, a stop string is not.
     """
-    rows, params = [[int(i) for i in row] for row in prompts], vars(sampling or Sampling()) | params
-    if params.get("num_beams", 1) > 1:
-        params.pop("decode", None)  # only stop strings need it
-        return [beams[0].ids for beams in beam_search(model, rows, **params)]
+    rows, given = [[int(i) for i in row] for row in prompts], vars(sampling or Sampling()) | values
+    if given["num_beams"] > 1:
+        return [beams[0].ids for beams in beam_search(model, rows, sampling, **values)]
     starts = [len(row) for row in rows]
-    for row, token, finish in stream(model, rows, **params):
+    for row, token, finish in stream(model, rows, sampling, decode=decode, **values):
         rows[row].append(token)
         if finish == "stop":
-            rows[row][starts[row] :] = _without_stop(rows[row][starts[row] :], params["stop"], params["decode"])
+            rows[row][starts[row] :] = _without_stop(rows[row][starts[row] :], given["stop"], decode)
     return rows
 
 
 def _without_stop(ids: list[int], stop: str | Sequence[str], decode: Callable[[list[int]], str]) -> list[int]:
     """The longest run of tokens whose text ends before the first stop string begins."""
-    text, strings = decode(ids), (stop,) if isinstance(stop, str) else stop
+    text, count, strings = decode(ids), len(ids), (stop,) if isinstance(stop, str) else stop
     begin = min(text.index(string) for string in strings if string in text)
-    kept = len(ids)
-    while kept and len(decode(ids[:kept])) > begin:
-        kept -= 1
-    return ids[:kept]
+    while count and len(decode(ids[:count])) > begin:
+        count -= 1
+    return ids[:count]
 
 
 class Beam(NamedTuple):
@@ -1390,85 +1301,86 @@ def beam_search(
     attn_mask: Tensor | MaskRule | None = None,
     cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
-    **params: Any,
+    **values: Any,
 ) -> list[list[Beam]]:
-    """The finished hypotheses of each prompt, best first. `params` replace fields of `sampling`.
+    """The finished hypotheses of each prompt, best first. Settings as for `stream`.
 
-    Each step looks at the best candidates over beams x vocabulary: so many that `num_beams` of them can go on even if
+    Each step ranks the best candidates over beams x vocabulary: so many that `num_beams` of them can continue even if
     the rest are eos. A candidate that ends (by eos or by length) is pooled if it ranks within the first `num_beams`.
     """
-    how = replace(sampling or Sampling(), **params)
-    prompts = _checked_prompts(model, prompts, how)
-    request = _Request(model, prompts, how, attn_mask, cache_dtype, use_cache)
-    limits = [min(how.max_new_tokens, model.cfg.context - len(prompt)) for prompt in prompts]
+    sampling = replace(sampling or Sampling(), **values)
+    prompts = _checked_prompts(model, prompts, sampling)
+    request = _Request(model, prompts, sampling, attn_mask, cache_dtype, use_cache)
+    limits = [min(sampling.max_new_tokens, model.cfg.context - len(prompt)) for prompt in prompts]
     pools: list[list[Beam]] = [[] for _ in prompts]  # finished hypotheses, best first
-    running = [[Beam(prompt, 0.0)] for prompt in prompts]  # scores here are plain sums of log p
-    alive = [row for row, limit in enumerate(limits) if limit > 0]
+    beams = [[Beam(prompt, 0.0)] for prompt in prompts]  # scores here are plain sums of log p
+    running = [row for row, limit in enumerate(limits) if limit > 0]
     for step in range(max(limits)):
-        if not alive:
+        if not running:
             break
-        beams = [beam for row in alive for beam in running[row]]
-        logits = penalise(request.logits([beam.ids for beam in beams]), [beam.ids for beam in beams], step, how)
-        log_p = logits.log_softmax(dim=-1)
-        parents, place = [], 0
-        for row in alive:
-            count = len(running[row])
-            candidates = _best_candidates(log_p[place : place + count], running[row], how)
+        ids = [beam.ids for row in running for beam in beams[row]]
+        log_p = penalise(request.logits(ids), ids, step, sampling).log_softmax(dim=-1)
+        parents, start = [], 0
+        for row in running:
+            count = len(beams[row])
+            candidates = _best_candidates(log_p[start : start + count], beams[row], sampling)
             last = step + 1 == limits[row]
-            onward, chosen = _advance(running[row], candidates, pools[row], how, step + 1, last)
-            if not candidates and not pools[row]:  # everything is banned: what there is has to do
-                pools[row] = [Beam(ids, score / max(1, step) ** how.length_penalty) for ids, score in running[row]]
-            stopped = not onward or _decided(onward, pools[row], how, step + 1, limits[row])
-            running[row] = [] if stopped else onward
-            parents += [] if stopped else [place + parent for parent in chosen]
-            place += count
-        alive = [row for row in alive if running[row]]
-        if alive:
+            following, chosen = _advance_beams(beams[row], candidates, pools[row], sampling, step + 1, last)
+            if not candidates and not pools[row]:  # everything is banned: return the beams as they are
+                pools[row] = [Beam(ids, total / max(1, step) ** sampling.length_penalty) for ids, total in beams[row]]
+            if following and not _can_stop(following, pools[row], sampling, step + 1, limits[row]):
+                beams[row] = following
+                parents += [start + parent for parent in chosen]
+            else:
+                beams[row] = []
+            start += count
+        running = [row for row in running if beams[row]]
+        if running:
             request.select(parents)
     return [pool or [Beam(prompt, 0.0)] for pool, prompt in zip(pools, prompts, strict=True)]
 
 
-def _best_candidates(log_p: Tensor, beams: list[Beam], how: Sampling) -> list[tuple[float, int, int]]:
+def _best_candidates(log_p: Tensor, beams: list[Beam], sampling: Sampling) -> list[tuple[float, int, int]]:
     """(summed log p, beam, token), best first, of log_p [beams, V]."""
     totals = log_p + torch.tensor([beam.score for beam in beams], device=log_p.device)[:, None]
-    count = max(2, 1 + len(how.eos)) * how.num_beams
+    count = max(2, 1 + len(sampling.eos)) * sampling.num_beams
     scores, flat = totals.flatten().topk(min(count, totals.numel()))
     vocab = log_p.shape[1]
     ranked = zip(scores.tolist(), flat.tolist(), strict=True)
     return [(score, index // vocab, index % vocab) for score, index in ranked if score > -math.inf]
 
 
-def _advance(
+def _advance_beams(
     beams: list[Beam],
     candidates: list[tuple[float, int, int]],
     pool: list[Beam],
-    how: Sampling,
+    sampling: Sampling,
     length: int,
     last: bool,
 ) -> tuple[list[Beam], list[int]]:
-    """Move the candidates that end to the pool; return the beams that go on and the places of their parents."""
-    onward, parents = [], []
+    """Move the candidates that end to the pool; return the beams that continue and the indices of their parents."""
+    following, parents = [], []
     for rank, (score, parent, token) in enumerate(candidates):
         ids = [*beams[parent].ids, token]
-        if last or token in how.eos:
-            if rank < how.num_beams:
-                pool.append(Beam(ids, score / length**how.length_penalty))
+        if last or token in sampling.eos:
+            if rank < sampling.num_beams:
+                pool.append(Beam(ids, score / length**sampling.length_penalty))
                 pool.sort(key=lambda beam: -beam.score)  # stable: of equal ones the earlier stays ahead
-                del pool[how.num_beams :]
-        elif len(onward) < how.num_beams:
-            onward.append(Beam(ids, score))
+                del pool[sampling.num_beams :]
+        elif len(following) < sampling.num_beams:
+            following.append(Beam(ids, score))
             parents.append(parent)
-    return onward, parents
+    return following, parents
 
 
-def _decided(beams: list[Beam], pool: list[Beam], how: Sampling, length: int, limit: int) -> bool:
-    """Whether a row can stop: its pool is full, and no running beam is expected to beat the worst in it."""
-    if len(pool) < how.num_beams:
+def _can_stop(beams: list[Beam], pool: list[Beam], sampling: Sampling, length: int, limit: int) -> bool:
+    """True if the pool is full and no running beam is expected to beat the worst in it."""
+    if len(pool) < sampling.num_beams:
         return False
-    if how.early_stopping is True:
+    if sampling.early_stopping is True:
         return True
-    reach = limit if how.early_stopping == "never" and how.length_penalty > 0 else length
-    return beams[0].score / reach**how.length_penalty <= pool[-1].score
+    reach = limit if sampling.early_stopping == "never" and sampling.length_penalty > 0 else length
+    return beams[0].score / reach**sampling.length_penalty <= pool[-1].score
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -1486,15 +1398,15 @@ def flops_per_token(
 
     causal    count the half of the attention scores that causality needs; False counts all seq_len x seq_len
     training  forward and backward (three times the forward)
-    used      share of the tokens that each layer computes, and that they attend to; None: all
+    used      fraction of the tokens that each layer computes, and that they attend to; None: all
     """
     q_size, kv_size = cfg.num_attention_heads * cfg.head_size, cfg.num_key_value_heads * cfg.head_size
     projections = cfg.hidden_size * (2 * q_size + 2 * kv_size)
     mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.hidden_size * cfg.intermediate_size
     layers = 0.0
-    for share in [1.0] * cfg.num_hidden_layers if used is None else used:
-        keys = share * seq_len
+    for fraction in [1.0] * cfg.num_hidden_layers if used is None else used:
+        keys = fraction * seq_len
         scores = 2 * q_size * ((keys + 1) / 2 if causal else keys)  # q k and p v
-        layers += share * (projections + mlp + scores)
+        layers += fraction * (projections + mlp + scores)
     forward = 2 * (layers + cfg.hidden_size * cfg.vocab_size)
     return forward * (3 if training else 1)

@@ -339,6 +339,14 @@ def test_prompts_may_be_a_tensor_and_must_not_be_empty():
             greedy(gpt, wrong, max_new_tokens=2)
 
 
+def test_an_object_of_settings_is_as_good_as_keywords_which_override_it():
+    gpt, rows = tiny.model(), [prompt(5), prompt(3, 1)]
+    for values in ({"temperature": 0.0, "eos": 4}, {"top_k": 5, "seed": 3}, {"num_beams": 3, "length_penalty": 0.5}):
+        settings = Sampling(max_new_tokens=7, **values)
+        assert generate(gpt, rows, settings) == generate(gpt, rows, max_new_tokens=7, **values)
+        assert generate(gpt, rows, settings, max_new_tokens=3) == generate(gpt, rows, max_new_tokens=3, **values)
+
+
 def test_streaming_yields_what_generate_returns():
     gpt, rows = tiny.model(), [prompt(5), prompt(3, 1)]
     eos = greedy(gpt, rows, max_new_tokens=5)[0][-1]

@@ -267,6 +267,15 @@ def test_chat_remembers_and_ends(folder: Path):
     assert piped.stdout.endswith("\n")
 
 
+def test_chat_commands_are_answered_without_the_model(folder: Path):
+    done = run(folder, "--chat", "--max_new_tokens=2", stdin="/help\n/quit now\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("/reset forgets the conversation") == 2  # at the start, and for /help
+    assert "(/quit: no such command; /help lists them)" in done.stderr
+    assert "tokens read" not in done.stderr
+    assert done.stdout == ""
+
+
 def test_a_long_chat_forgets_its_oldest_turns(folder: Path):
     questions = "".join(f"question number {i} about addition\n" for i in range(8))
     done = run(folder, "--chat", "--system=Be brief.", "--max_new_tokens=10", "--temperature=0", stdin=questions)

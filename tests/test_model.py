@@ -468,7 +468,7 @@ def test_a20_a21_cache_bytes_are_exact(heads: int, kv_heads: int):
     assert cache.nbytes == expected(51)
     gpt(tokens(3, 1), cache=cache)
     assert cache.nbytes == expected(64)  # never beyond the context
-    with pytest.raises(ValueError, match="made for 64 tokens a row, this call needs 72"):
+    with pytest.raises(ValueError, match="made for 64 tokens per row, this call needs 72"):
         gpt(tokens(3, 20), cache=cache)
     cache.free()
     assert cache.nbytes == 0

@@ -96,7 +96,7 @@ def cached(gpt: GPT, ids: Tensor, chunks: Sequence[int]) -> tuple[Tensor, KVCach
 
 
 def entries(cache: KVCache, layer: int) -> list[int]:
-    return cache.routed(layer, torch.device("cpu")).counts.tolist()
+    return cache.layer_state[layer].counts.tolist()
 
 
 def gradients(gpt: GPT, loss: Tensor) -> dict[str, float]:
@@ -292,8 +292,8 @@ def test_the_bytes_of_a_cache_are_those_of_its_tensors_and_fewer_than_a_dense_on
     _, cache = cached(gpt, ids, [T])
     _, dense = cached(dense_twin(gpt), ids, [T])
     held = [t for t in (*cache._keys, *cache._values) if t is not None]
-    for part_ in cache._routed.values():
-        held += [part_.counts, part_._keys, part_._values, part_._slots, part_._notes]
+    for state in cache.layer_state.values():
+        held += [state.counts, state._keys, state._values, state._slots, state._history]
     assert cache.nbytes == sum(t.element_size() * t.nelement() for t in held) < 0.8 * dense.nbytes
     cache.free()
     assert cache.nbytes == 0
@@ -475,7 +475,7 @@ def test_inv_24_the_operator_and_its_gradients_equal_those_of_a_mask_over_all_to
         ctx = gpt._context(ids, [T] * B)
         chosen = top(x.sum(-1), None, share)
         if fast:
-            out = routing.compute(block, x, chosen, gate, ctx)
+            out = routing.apply_to_selected(block, x, chosen, gate, ctx)
         else:
             seen = torch.ones(T, T, dtype=torch.bool).tril() & chosen.mask[:, None, :]
             seen = seen | torch.eye(T, dtype=torch.bool)  # what passes by may look at itself: nobody reads it
@@ -545,13 +545,13 @@ def test_inv_18_tokens_keep_their_positions(kind: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(GPT, "_context", shifted)
     torch.testing.assert_close(run(gpt, ids, "topk").logits, right, rtol=0, atol=1e-4)
     monkeypatch.undo()
-    here = routing._here
+    select = routing._select_positions
 
     def ranked(ctx, rows, index):  # slot numbers in place of positions
         ranks = torch.arange(index.shape[1]).expand_as(index)
-        return here(ctx, rows, ranks)
+        return select(ctx, rows, ranks)
 
-    monkeypatch.setattr(routing, "_here", ranked)
+    monkeypatch.setattr(routing, "_select_positions", ranked)
     assert float((run(gpt, ids, "topk").logits - right).abs().max()) > 1e-3
 
 
