@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import resource
 import statistics
 import subprocess
@@ -33,17 +32,17 @@ import torch
 
 from data import Batch, ChatBatches, micro_batches
 from model import GPT, IGNORE, KVCache, flops_per_token
+from nanoqwen import plan
 from nanoqwen.chat import Example, prepare_chat
-from nanoqwen.config import Config, check, check_context, load_config, preset_names
+from nanoqwen.config import Config, check, load_config
 from nanoqwen.corpus import prepare
 from nanoqwen.distributed import World, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, run_script
 from nanoqwen.lora import apply_lora
 from nanoqwen.optim import Optimizers, parameter_groups
-from nanoqwen.plan import ROOM, Case, cache_bytes, easier, free_memory, micro_rows
 from nanoqwen.routing import RoutingConfig, build_model, penalty_weights, routed_by
 from nanoqwen.routing import flops_per_token as routed_flops
-from nanoqwen.weights import config_of, export, load_model
+from nanoqwen.weights import export, load_model
 from train import LanguageModeling, train_step
 
 TURNS = 7
@@ -123,7 +122,7 @@ def sft_ours(cfg: Config, folder: Path) -> tuple[Callable[[int], None], ChatBatc
     apply_lora(model, cfg.lora)
     objective, alone = LanguageModeling(model.to(device).train(), {}), World(0, 0, 1, device)
     optimizers = Optimizers(parameter_groups(model, loop), loop)
-    scaler, rows = torch.amp.GradScaler(device.type, enabled=False), micro_rows(cfg, model, loop, alone)
+    scaler, rows = torch.amp.GradScaler(device.type, enabled=False), plan.micro_rows(cfg, model, loop, alone)
 
     def step(number: int) -> None:
         micros = micro_batches(batches(number), rows, device)
@@ -397,27 +396,9 @@ def one_run(argv: list[str], kind: str, share: str, steps: int, seed: str) -> di
 
 # --- memory, without using any ----------------------------------------------------------------------------------------
 
-UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
-
-def size_of(text: str) -> float:
-    """Bytes in `24GB` or `24 GiB`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]i?B)", text)
-    if found is None or found[2] not in UNITS:
-        raise ConfigError(f"--fit: expected a size such as 24GB or 16GiB, got {text!r}")
-    return float(found[1]) * UNITS[found[2]]
-
-
-def readable(count: float) -> str:
-    """Bytes with three digits."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def memory_case(argv: list[str]) -> Case:
-    """The run that is meant; on a device type other than this machine's, if that is asked for."""
+def memory(argv: list[str]) -> None:
+    """What a run would need on each device; on a type of device other than this machine's, if --on names one."""
     section = "finetune" if argv[:1] == ["finetune"] else "train"
     parser = argparse.ArgumentParser(prog="python bench.py memory", add_help=False, allow_abbrev=False)
     parser.add_argument("--fit", type=str)
@@ -428,60 +409,8 @@ def memory_case(argv: list[str]) -> Case:
     cfg = load_config(rest, section, usage=f"{usage} [FILE.yaml] [--preset NAME] [--key=value ...]")
     if options.ranks < 1:
         raise ConfigError(f"--ranks: expected 1 or more, got {options.ranks}")
-    if section == "finetune" and cfg.finetune.base_ckpt is not None:
-        cfg = replace(cfg, model=config_of(cfg.finetune.base_ckpt))
-    if section == "finetune" and cfg.finetune.objective == "contrast":
-        raise ConfigError("finetune.objective: expected sft, contrast is not planned here: a run says what it needs")
-    # All that a run would be refused for, but a dtype that another device than this one may have.
-    check(replace(cfg, run=replace(cfg.run, dtype="auto")), options.ranks, getattr(cfg, section))
-    check_context(getattr(cfg, section), cfg.model)
-    here = pick_device(cfg.run.device)
-    if options.on in (None, here.type):
-        device, dtype = here, pick_dtype(cfg.run.dtype, here)[0]
-    else:  # what is not here cannot be asked what it is fast in
-        device = torch.device(options.on)
-        usual = torch.bfloat16 if options.on == "cuda" else torch.float32
-        dtype = usual if cfg.run.dtype == "auto" else getattr(torch, cfg.run.dtype)
-    if options.fit is None and device.type != here.type:
-        raise ConfigError(f"--fit: expected the memory of the {device.type} device that is not here, such as 24GB")
-    room = free_memory(device) if options.fit is None else size_of(options.fit)
-    return Case(cfg, section, World(0, 0, options.ranks, device), dtype, room)
-
-
-def memory(argv: list[str]) -> None:
-    """What a run would need on each device; nothing of it is allocated."""
-    case = memory_case(argv)
-    model, rows, loop, parts = case.model, case.rows, case.loop, case.bytes()
-    size, total, context = sum(p.numel() for p in model.parameters()), sum(parts.values()), model.cfg.context
-    cached = cache_bytes(model, context, case.dtype)
-    shared = f", {case.cfg.run.parallel} on {case.world.size} devices" if case.world.size > 1 else ""
-    print(f"{case.section}: {size / 1e6:.1f} M parameters, {str(case.dtype).removeprefix('torch.')}, {loop.optimizer}, "
-          f"{rows} x {loop.seq_len} tokens in a forward, {case.world.device.type}{shared}")  # fmt: skip
-    for name, count in ((name, count) for name, count in parts.items() if count):
-        print(f"  {name:12} {readable(count):>10}")
-    print(f"  {'in all':12} {readable(total):>10}, which {'fits' if case.fits else 'does not fit'} into "
-          f"{readable(case.room)}, of which {ROOM:.0%} is planned with")  # fmt: skip
-    print(f"generation: weights {readable(size * case.dtype.itemsize)}, cache {readable(cached / context)} a token, "
-          f"{readable(cached)} for a row of {context:,}")  # fmt: skip
-    found = {"parameters": size, "rows": rows, **parts, "total": total, "fits": case.fits, "cache": cached}
-    if not case.fits:
-        found["until_it_fits"] = advise(case)
-    print(json.dumps(found))
-
-
-def advise(case: Case) -> list[str]:
-    """Print what to change, one after the other, until the run fits; returns the options."""
-    print("each of these, with those above it:")
-    options, changed = [], case
-    for option, price, changed in easier(case):
-        options.append(option)
-        print(f"  {option:32} {readable(sum(changed.bytes().values())):>10}  {price}")
-        if changed.fits:
-            return options
-    models = {name: load_config(["--preset", name], "train").model for name in preset_names()}
-    smaller = [name for name, shape in models.items() if changed._replace(cfg=replace(changed.cfg, model=shape)).fits]
-    print(f"no more to change: with all this --preset {smaller[-1]} fits" if smaller else "not even a tiny model fits")
-    return []
+    free_bytes = None if options.fit is None else plan.parse_size(options.fit)
+    print(json.dumps(plan.describe(plan.plan_run(cfg, section, options.ranks, options.on, free_bytes))))
 
 
 def main(argv: list[str]) -> None:

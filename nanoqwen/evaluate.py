@@ -21,7 +21,7 @@ from torch import Tensor
 from data import IGNORE, Batch, micro_batches, token_bytes
 from model import GPT, LOGITS_PER_CHUNK
 from nanoqwen.config import Config
-from nanoqwen.distributed import World, pick_device, pick_dtype, total
+from nanoqwen.distributed import World, all_reduce_sum, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError
 from nanoqwen.routing import RoutingConfig, mean_stats, routed_by
 from nanoqwen.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
     nats = torch.stack(losses).cpu().double().sum()  # an Apple GPU has no float64
     routed = torch.stack(list(figures.values())).tolist() if figures else []
     sums = torch.tensor([float(nats), counts, sizes, *routed], dtype=torch.float64)
-    nats, count, size, *routed = total(sums, world).tolist()
+    nats, count, size, *routed = all_reduce_sum(sums, world).tolist()
     loss = nats / count
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, size)}
     return result | {f"router/{name}": value / count for name, value in zip(figures, routed, strict=True)}

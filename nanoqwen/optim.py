@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoqwen.config import TrainConfig
-from nanoqwen.distributed import spread_like
+from nanoqwen.distributed import shard_like
 from nanoqwen.routing import RoutingConfig
 
 # Modules of routers, by a whole part of a parameter's name, and the group that they are in.
@@ -134,7 +134,7 @@ class Optimizers:
                         raise ValueError(f"optimizer state {self.names[p]}.{key}: expected {shape} {dtype}, got {got}")
                 # AdamW keeps its step count beside the parameters in fp32, also on a device.
                 optimizer.state[p] = {
-                    key: t.to(p.device) if key == "step" else spread_like(t, p) for key, t in entry.items()
+                    key: t.to(p.device) if key == "step" else shard_like(t, p) for key, t in entry.items()
                 }
         if rest:
             raise ValueError(f"optimizer state: unexpected {', '.join(sorted(rest)[:5])}")
@@ -146,7 +146,7 @@ class Plateau:
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.scale, self.best, self.bad, self.cooldown = cfg, 1.0, math.inf, 0, 0
 
-    def see(self, loss: float) -> None:
+    def update(self, loss: float) -> None:
         if loss < self.best * (1 - self.cfg.plateau_threshold):
             self.best, self.bad = loss, 0
         elif self.cooldown:

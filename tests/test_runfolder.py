@@ -147,7 +147,7 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path, tokenizer: Tokenizer):
             tensor.contiguous().view(-1).view(torch.uint8).tolist()
         ), name
     assert {key: read[key] for key in state} == state
-    assert (read["format"], read["step"], read["tokenizer_hash"]) == (1, 3, tokenizer.hash)
+    assert (read["format"], read["step"], read["tokenizer_hash"]) == (2, 3, tokenizer.hash)
     assert read["versions"]["torch"] == torch.__version__
 
 
