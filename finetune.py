@@ -191,18 +191,12 @@ def build(cfg: Config, world: World) -> Trainer:
     batches = open_chat(cfg, data, loop.rows)
     torch.manual_seed(cfg.run.seed)
     penalties, checkpoint_format = add_adapters(model, cfg, base, base_hash)
+    objective = LanguageModeling(model.to(world.device), penalties)
+    windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
     example = data.val[0]
+    sample = answer_sampler(example.ids[: example.mask.tolist().index(True)].tolist())
     return make_trainer(
-        cfg,
-        loop,
-        world,
-        LanguageModeling(model.to(world.device), penalties),
-        tokenizer=tokenizer,
-        batches=batches,
-        windows=chat_windows(data.val, loop.seq_len, loop.eval_tokens),
-        sample=answer_sampler(example.ids[: example.mask.tolist().index(True)].tolist()),
-        checkpoint_format=checkpoint_format,
-        peak=NO_MFU,
+        cfg, loop, world, objective, tokenizer, batches, windows, sample, checkpoint_format, peak=NO_MFU
     )
 
 
@@ -336,19 +330,13 @@ def build_contrast(cfg: Config, world: World) -> Trainer:
     torch.manual_seed(cfg.run.seed)
     penalties, checkpoint_format = add_adapters(model, cfg, base, base_hash)
     head = ProjectionHead(model.cfg.hidden_size, contrast.head_size).to(world.device)
+    objective = Contrast(model, head, contrast, penalties, world)
+    windows = triplet_windows(data.val, loop.seq_len, loop.eval_tokens)
+    sample = answer_sampler(data.val[0].streams[INJECTED].prompt)
     return make_trainer(
-        cfg,
-        loop,
-        world,
-        Contrast(model, head, contrast, penalties, world),
-        tokenizer=tokenizer,
-        batches=batches,
-        windows=triplet_windows(data.val, loop.seq_len, loop.eval_tokens),
-        sample=answer_sampler(data.val[0].streams[INJECTED].prompt),
-        checkpoint_format=CheckpointWithHead(checkpoint_format, head),
-        evaluator=evaluator,
-        peak=NO_MFU,
-    )
+        cfg, loop, world, objective, tokenizer, batches, windows, sample, CheckpointWithHead(checkpoint_format, head),
+        evaluator=evaluator, peak=NO_MFU,
+    )  # fmt: skip
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

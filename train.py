@@ -26,17 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data import (
-    Batch,
-    ChatBatches,
-    Micro,
-    PretrainBatches,
-    StreamBatches,
-    eval_windows,
-    micro_batches,
-    open_batches,
-    token_bytes,
-)
+import data
+from data import Batch, Micro, StreamBatches, micro_batches, token_bytes
 from model import GPT, IGNORE, Output, generate
 from nanoqwen import corpus, distributed, evaluate, optim, plan, routing, runfolder, weights
 from nanoqwen.config import Config, TrainConfig, check, dump, load_config
@@ -46,7 +37,7 @@ from nanoqwen.files import write_atomic
 from nanoqwen.log import MetricLog, Peak, Speed, peak_of
 from nanoqwen.tokenizer import Tokenizer, pieces_of
 
-Batches = PretrainBatches | StreamBatches | ChatBatches
+Batches = data.PretrainBatches | StreamBatches | data.ChatBatches
 
 # --- what is minimised ------------------------------------------------------------------------------------------------
 
@@ -250,10 +241,7 @@ class Progress:
 
 
 def fit(
-    trainer: Trainer,
-    source: Path | None = None,
-    changed: dict[str, Any] | None = None,
-    stop: Stop | None = None,
+    trainer: Trainer, source: Path | None = None, changed: dict[str, Any] | None = None, stop: Stop | None = None
 ) -> Progress:
     """Train from a checkpoint, or from the start, to the end or until asked to stop.
 
@@ -438,12 +426,12 @@ def make_trainer(
     loop: TrainConfig,
     world: World,
     objective: nn.Module,
-    *,
     tokenizer: Tokenizer,
     batches: Batches,
     windows: list[Batch],
     sample: Callable[[Trainer], dict[str, Any]],
     checkpoint_format: FullCheckpoint,
+    *,
     evaluator: Evaluator | None = None,
     peak: Peak | None = None,
 ) -> Trainer:
@@ -482,21 +470,14 @@ def build(cfg: Config, world: World) -> Trainer:
     shards = distributed.main_rank_first(
         world, lambda: corpus.prepare(cfg.data, cfg.model.vocab_size, progress=world.is_main)
     )
-    batches = open_batches(cfg.data, shards, loop.seq_len, loop.rows, cfg.run.seed)
-    windows = eval_windows(shards.val, loop.seq_len, loop.eval_tokens, isolate_documents=isolate)
+    batches = data.open_batches(cfg.data, shards, loop.seq_len, loop.rows, cfg.run.seed)
+    windows = data.eval_windows(shards.val, loop.seq_len, loop.eval_tokens, isolate_documents=isolate)
     torch.manual_seed(cfg.run.seed)
     model = routing.build_model(cfg.model, cfg.routing).to(world.device)
     objective = LanguageModeling(model, {"z_loss": loop.z_loss} | routing.penalty_weights(cfg.routing))
+    checkpoint_format = RoutedCheckpoint() if model.routing else FullCheckpoint()
     return make_trainer(
-        cfg,
-        loop,
-        world,
-        objective,
-        tokenizer=shards.tokenizer,
-        batches=batches,
-        windows=windows,
-        sample=document_sampler,
-        checkpoint_format=RoutedCheckpoint() if model.routing else FullCheckpoint(),
+        cfg, loop, world, objective, shards.tokenizer, batches, windows, document_sampler, checkpoint_format
     )
 
 

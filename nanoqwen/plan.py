@@ -204,27 +204,15 @@ def micro_rows(cfg: Config, model: GPT, train: TrainConfig, world: World, forwar
 
 
 GROUP_NAMES = {
-    "muon": "matrices by Muon",
-    "plain": "without",
-    "prior": "of priors",
-    "prior_norm": "of their norms",
-    "surprise": "of surprise",
-    "mod": "of scores",
-    "causal": "of causal routers",
-}
+    "muon": "matrices by Muon", "plain": "without", "prior": "of priors", "prior_norm": "of their norms",
+    "surprise": "of surprise", "mod": "of scores", "causal": "of causal routers",
+}  # fmt: skip
 
 
 def print_plan(
-    cfg: Config,
-    model: GPT,
-    train: TrainConfig,
-    world: World,
-    batches: Any,
-    rows: int,
-    forward: Forward,
-    dtype_reason: str,
-    peak: Peak,
-) -> None:
+    cfg: Config, model: GPT, train: TrainConfig, world: World, batches: Any, rows: int, forward: Forward,
+    dtype_reason: str, peak: Peak,
+) -> None:  # fmt: skip
     """What is about to happen, in seven lines."""
     size, dtype = sum(p.numel() for p in model.parameters()), str(forward.dtype).removeprefix("torch.")
     names = GROUP_NAMES | {"decay": f"with weight decay {train.weight_decay:g}"}

@@ -351,7 +351,7 @@ def edit(folder: Path, **changes) -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(0, "older version"), (2, "newer version"), (..., "got none"), ("1", "got '1'"), (True, "got True")],
+    [(1, "older version"), (3, "newer version"), (..., "got none"), ("1", "got '1'"), (True, "got True")],
 )
 def test_c6_another_format_stops_even_beside_an_older_checkpoint(run: Path, value: object, said: str):
     edit(at(run, 10), format=value)

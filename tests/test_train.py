@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import Starter, killed_at, metrics, options, script, torchrun
+from runs import ROOT, Starter, killed_at, metrics, options, script, torchrun
 from torch import nn
 
 import train
@@ -332,6 +334,14 @@ def test_fewer_steps_than_are_done_and_no_evaluation(corpus: Path, tmp_path: Pat
     shutil.rmtree(run / "checkpoints" / "step-00000009")
     train.main([*options(corpus, run, "--train.steps=6", "--train.eval_every=100"), *allowed("train.steps")])
     assert "not evaluated" in capfd.readouterr().err
+
+
+def test_a_start_loads_nothing_that_only_other_runs_need():
+    """torch.distributed.fsdp alone once took as long as half of torch, on every start and every --help."""
+    unwanted = ("nanoqwen.injection", "nanoqwen.share", "nanoqwen.report", "nanoqwen.harness", "torch.distributed.fsdp")
+    program = f"import sys, train; sys.exit(', '.join(m for m in sys.modules if m.startswith({unwanted})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert not done.stderr.strip(), done.stderr
 
 
 def test_a_mistake_is_one_line(corpus: Path, tmp_path: Path):
