@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -34,18 +33,18 @@ import torch
 
 from data import Batch, ChatBatches, micro_batches
 from model import GPT, IGNORE, KVCache, flops_per_token
+from nanoqwen import plan
 from nanoqwen.chat import Example, prepare_chat
-from nanoqwen.config import Config, DataConfig, check, check_context, load_config, preset_names
+from nanoqwen.config import Config, DataConfig, check, load_config
 from nanoqwen.corpus import Reader, open_corpus, prepare, tokenise
 from nanoqwen.distributed import World, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, run_script
 from nanoqwen.lora import apply_lora
 from nanoqwen.optim import Optimizers, parameter_groups
-from nanoqwen.plan import ROOM, Case, cache_bytes, easier, free_memory, micro_rows
 from nanoqwen.routing import RoutingConfig, build_model, penalty_weights, routed_by
 from nanoqwen.routing import flops_per_token as routed_flops
 from nanoqwen.tokenizer import Tokenizer
-from nanoqwen.weights import config_of, export, load_model
+from nanoqwen.weights import export, load_model
 from train import LanguageModeling, train_step
 
 TURNS = 7
@@ -171,7 +170,7 @@ def sft_ours(cfg: Config, folder: Path) -> tuple[Callable[[int], None], ChatBatc
     apply_lora(model, cfg.lora)
     objective, alone = LanguageModeling(model.to(device).train(), {}), World(0, 0, 1, device)
     optimizers = Optimizers(parameter_groups(model, loop), loop)
-    scaler, rows = torch.amp.GradScaler(device.type, enabled=False), micro_rows(cfg, model, loop, alone)
+    scaler, rows = torch.amp.GradScaler(device.type, enabled=False), plan.micro_rows(cfg, model, loop, alone)
 
     def step(number: int) -> None:
         micros = micro_batches(batches(number), rows, device)
@@ -427,36 +426,9 @@ def prepare_speed(argv: list[str]) -> None:
 
 # --- memory, without allocating any -----------------------------------------------------------------------------------
 
-UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
-
-def size_of(text: str) -> float:
-    """Bytes in `24GB` or `24 GiB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]i?B)", text)
-    if match is None or match[2] not in UNITS:
-        raise ConfigError(f"--fit: expected a size such as 24GB or 16GiB, got {text!r}")
-    return float(match[1]) * UNITS[match[2]]
-
-
-def readable(count: float) -> str:
-    """Bytes with three digits."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def planned_device(cfg: Config, on: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where the run is planned, and in which dtype; `on`: a device type, which this machine need not have"""
-    here = pick_device(cfg.run.device)
-    if on in (None, here.type):
-        return here, pick_dtype(cfg.run.dtype, here)[0]
-    usual = torch.bfloat16 if on == "cuda" else torch.float32  # an absent device cannot be asked what it supports
-    return torch.device(on), usual if cfg.run.dtype == "auto" else getattr(torch, cfg.run.dtype)
-
-
-def memory_case(argv: list[str]) -> Case:
-    """The run that is planned by these options."""
+def memory(argv: list[str]) -> None:
+    """What a run would need on each device; on a type of device other than this machine's, if --on names one."""
     section = "finetune" if argv[:1] == ["finetune"] else "train"
     options, rest = split_argv(
         argv[1:] if section == "finetune" else argv,
@@ -466,56 +438,8 @@ def memory_case(argv: list[str]) -> Case:
     cfg = load_config(rest, section, usage=usage)
     if options.ranks < 1:
         raise ConfigError(f"--ranks: expected 1 or more, got {options.ranks}")
-    if section == "finetune" and cfg.finetune.base_ckpt is not None:
-        cfg = replace(cfg, model=config_of(cfg.finetune.base_ckpt))
-    if section == "finetune" and cfg.finetune.objective == "contrast":
-        raise ConfigError("finetune.objective: expected sft; for contrast the run itself prints its memory estimate")
-    loop = getattr(cfg, section)
-    # The checks of a run, except for its dtype: a device that is not here may have it.
-    check(replace(cfg, run=replace(cfg.run, dtype="auto")), options.ranks, loop)
-    check_context(loop, cfg.model)
-    device, dtype = planned_device(cfg, options.on)
-    if options.fit is None and device.type != pick_device(cfg.run.device).type:
-        raise ConfigError(f"--fit: expected the memory of the {device.type} device that is not here, such as 24GB")
-    room = free_memory(device) if options.fit is None else size_of(options.fit)
-    return Case(cfg, section, World(0, 0, options.ranks, device), dtype, room)
-
-
-def memory(argv: list[str]) -> None:
-    """Print the memory of a run on each device; nothing of it is allocated."""
-    case = memory_case(argv)
-    model, rows, loop, estimate = case.model, case.rows, case.loop, case.bytes()
-    size, total, context = sum(p.numel() for p in model.parameters()), sum(estimate.values()), model.cfg.context
-    cached = cache_bytes(model, context, case.dtype)
-    parallel = f", {case.cfg.run.parallel} on {case.world.size} devices" if case.world.size > 1 else ""
-    print(f"{case.section}: {size / 1e6:.1f} M parameters, {str(case.dtype).removeprefix('torch.')}, {loop.optimizer}, "
-          f"{rows} x {loop.seq_len} tokens in a forward, {case.world.device.type}{parallel}")  # fmt: skip
-    for name, count in estimate.items():
-        if count:
-            print(f"  {name:12} {readable(count):>10}")
-    print(f"  {'total':12} {readable(total):>10}, which {'fits' if case.fits else 'does not fit'} into "
-          f"{readable(case.room)}, of which {ROOM:.0%} is planned with")  # fmt: skip
-    print(f"generation: weights {readable(size * case.dtype.itemsize)}, cache {readable(cached / context)} per token, "
-          f"{readable(cached)} for a row of {context:,}")  # fmt: skip
-    result = {"parameters": size, "rows": rows, **estimate, "total": total, "fits": case.fits, "cache": cached}
-    if not case.fits:
-        result["until_it_fits"] = advise(case)
-    print(json.dumps(result))
-
-
-def advise(case: Case) -> list[str]:
-    """Print what to change, each beside the changes above it, until the run fits; return the options."""
-    print("each of these, with those above it:")
-    options, changed = [], case
-    for option, price, changed in easier(case):
-        options.append(option)
-        print(f"  {option:32} {readable(sum(changed.bytes().values())):>10}  {price}")
-        if changed.fits:
-            return options
-    models = {name: load_config(["--preset", name], "train").model for name in preset_names()}
-    smaller = [name for name, shape in models.items() if changed._replace(cfg=replace(changed.cfg, model=shape)).fits]
-    print(f"no more to change: with all this --preset {smaller[-1]} fits" if smaller else "not even a tiny model fits")
-    return []
+    free_bytes = None if options.fit is None else plan.parse_size(options.fit)
+    print(json.dumps(plan.describe(plan.plan_run(cfg, section, options.ranks, options.on, free_bytes))))
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

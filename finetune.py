@@ -31,7 +31,7 @@ from model import GPT, IGNORE
 from nanoqwen.chat import ChatData, prepare_chat
 from nanoqwen.config import Config, ContrastConfig, FinetuneConfig, check, check_context, check_rows, load_config
 from nanoqwen.corpus import prepare
-from nanoqwen.distributed import World, ranks, start, stop, total, unwrapped, whole
+from nanoqwen.distributed import World, all_reduce_sum, full_tensor, main_rank_first, ranks, start, stop, unwrap_model
 from nanoqwen.errors import ConfigError, DataError, ResumeError, run_script, say
 from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, figures, infonce, represent
 from nanoqwen.injection.score import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
@@ -50,32 +50,43 @@ from nanoqwen.lora import LoraConfig, apply_lora, lora_state
 from nanoqwen.routing import MODULES_TO_SAVE, RoutingConfig, penalty_weights
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 from nanoqwen.weights import hash_weights, load_model, read_adapter, resolve, write_adapter
-from train import Exam, LanguageModeling, RoutedModel, StepLoss, Trainer, WholeModel, assemble, main_first, run, written
+from train import (
+    Evaluator,
+    FullCheckpoint,
+    LanguageModeling,
+    RoutedCheckpoint,
+    StepLoss,
+    Task,
+    Trainer,
+    make_trainer,
+    run,
+    sample_continuation,
+)
 
 # Frozen weights have no gradients, packed rows attend to less, and logits are computed for trained tokens alone.
-UNCOUNTED = Peak(None, "n/a, since a step of fine-tuning computes less than `flops_per_token` counts")
-POINT = 0.01  # of utility, which robustness may cost
+NO_MFU = Peak(None, "n/a, since a step of fine-tuning computes less than `flops_per_token` counts")
+UTILITY_TOLERANCE = 0.01  # of utility, which robustness may cost
 
 
-# --- what a checkpoint holds ------------------------------------------------------------------------------------------
+# --- what a checkpoint stores -----------------------------------------------------------------------------------------
 
 
-class AdapterOnly(WholeModel):
-    """A checkpoint holds what is trained, in PEFT's format, and the name and hash of the base that it belongs to."""
+class AdapterCheckpoint(FullCheckpoint):
+    """What is trained, in PEFT's format, with the name and hash of the base that it belongs to."""
 
     loaded_by = "PeftModel.from_pretrained loads each"
 
     def __init__(self, lora: LoraConfig, base: str, base_hash: str):
         self.lora, self.base, self.base_hash = lora, base, base_hash
         if set(lora.modules_to_save) & {"causal_router"}:
-            self.loaded_by = RoutedModel.loaded_by
+            self.loaded_by = RoutedCheckpoint.loaded_by
 
     def tensors(self, model: GPT) -> dict[str, Tensor]:
         return lora_state(model)
 
     def write(self, trainer: Trainer, tensors: dict[str, Tensor], folder: Path) -> None:
-        write_adapter(trainer.model, self.lora, self.base, trainer.tokenizer, folder, base_hash=self.base_hash,
-                      state=tensors)  # fmt: skip
+        hashed = {"base_hash": self.base_hash, "state": tensors}
+        write_adapter(trainer.model, self.lora, self.base, trainer.tokenizer, folder, **hashed)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         stored = read_adapter(folder)
@@ -84,25 +95,23 @@ class AdapterOnly(WholeModel):
         return stored.tensors
 
 
-class WithHead(WholeModel):
-    """What another store keeps, and a head in a file of its own."""
+class CheckpointWithHead(FullCheckpoint):
+    """What another format stores, and a head in a file of its own."""
 
-    def __init__(self, inner: WholeModel, head: ProjectionHead):
+    def __init__(self, inner: FullCheckpoint, head: ProjectionHead):
         self.inner, self.head, self.loaded_by = inner, head, inner.loaded_by
 
     def tensors(self, model: GPT) -> dict[str, Tensor]:
         return self.inner.tensors(model) | {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
 
     def write(self, trainer: Trainer, tensors: dict[str, Tensor], folder: Path) -> None:
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
-        self.inner.write(trainer, {name: tensor for name, tensor in tensors.items() if name not in own}, folder)
-        save_file({name: tensor.contiguous() for name, tensor in own.items()}, folder / HEAD)
+        head = {name: tensor.contiguous() for name, tensor in tensors.items() if name.startswith("head.")}
+        self.inner.write(trainer, {name: tensor for name, tensor in tensors.items() if name not in head}, folder)
+        save_file(head, folder / HEAD)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         if not (folder / HEAD).is_file():
-            raise ResumeError(
-                f"{folder}: expected {HEAD}, the head that was trained beside the model, but it is missing"
-            )
+            raise ResumeError(f"{folder}: expected {HEAD}, the head trained beside the model, but it is missing")
         return self.inner.read(folder) | load_file(folder / HEAD)
 
 
@@ -137,9 +146,8 @@ def load_base(
 
 def refuse_own_base(cfg: Config) -> None:
     """A run in the folder of its base would prune, or with run.overwrite delete, what it is made from."""
-    run = Path(cfg.run.dir).resolve()
-    base = Path(cfg.finetune.base_ckpt or "").resolve()
-    if cfg.finetune.base_ckpt and run in (base, *base.parents):
+    folder, base = Path(cfg.run.dir).resolve(), Path(cfg.finetune.base_ckpt or "").resolve()
+    if cfg.finetune.base_ckpt and folder in (base, *base.parents):
         raise ConfigError(f"finetune.base_ckpt: {cfg.finetune.base_ckpt} is in the run folder (--run.dir for another)")
 
 
@@ -148,22 +156,23 @@ def with_routers(lora: LoraConfig, kind: str) -> LoraConfig:
     return replace(lora, modules_to_save=tuple(dict.fromkeys((*lora.modules_to_save, *MODULES_TO_SAVE[kind]))))
 
 
-def prepared(model: GPT, cfg: Config, base: str, base_hash: str) -> tuple[dict[str, float], WholeModel]:
-    """Gives a model its adapters. Returns (the weights of its penalties, what a checkpoint holds of it)."""
-    lora, weights = cfg.lora, {"z_loss": cfg.finetune.z_loss}
+def add_adapters(model: GPT, cfg: Config, base: str, base_hash: str) -> tuple[dict[str, float], FullCheckpoint]:
+    """Put adapters into a model where lora.rank asks for them. Returns (weights of its penalties, checkpoint format)"""
+    lora, penalties = cfg.lora, {"z_loss": cfg.finetune.z_loss}
     if model.routing:
-        lora, weights = with_routers(lora, model.routing.kind), weights | penalty_weights(model.routing)
+        lora, penalties = with_routers(lora, model.routing.kind), penalties | penalty_weights(model.routing)
     apply_lora(model, lora)
-    whole_model = RoutedModel() if model.routing else WholeModel()
-    return weights, AdapterOnly(lora, base, base_hash) if lora.rank else whole_model
+    if lora.rank:
+        return penalties, AdapterCheckpoint(lora, base, base_hash)
+    return penalties, RoutedCheckpoint() if model.routing else FullCheckpoint()
 
 
-def answer(prompt: list[int]) -> Callable[[Trainer], dict[str, Any]]:
-    """A sampler: what the model answers to a prompt."""
+def answer_sampler(prompt: list[int]) -> Callable[[Trainer], dict[str, Any]]:
+    """A sampler of what the model answers to a prompt."""
 
     def sample(trainer: Trainer) -> dict[str, Any]:
         ids = prompt[-(trainer.model.cfg.context - 1) :]
-        return written(trainer, ids, sorted(trainer.tokenizer.stop_ids))
+        return sample_continuation(trainer, ids, sorted(trainer.tokenizer.stop_ids))
 
     return sample
 
@@ -178,16 +187,18 @@ def open_chat(cfg: Config, data: ChatData, rows: int) -> ChatBatches:
 def build(cfg: Config, world: World) -> Trainer:
     loop = cfg.finetune
     model, tokenizer, base, base_hash = load_base(loop, cfg.routing, cfg.run.seed)
-    data = main_first(world, lambda: prepare_chat(cfg.chat, tokenizer, loop.seq_len))
+    data = main_rank_first(world, lambda: prepare_chat(cfg.chat, tokenizer, loop.seq_len))
     say(str(data.audit))
     batches = open_chat(cfg, data, loop.rows)
-    windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
     torch.manual_seed(cfg.run.seed)
-    weights, store = prepared(model, cfg, base, base_hash)
-    objective = LanguageModeling(model.to(world.device), weights)
+    penalties, checkpoint_format = add_adapters(model, cfg, base, base_hash)
+    objective = LanguageModeling(model.to(world.device), penalties)
+    windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
     example = data.val[0]
-    sample = answer(example.ids[: example.mask.tolist().index(True)].tolist())
-    return assemble(cfg, loop, world, objective, tokenizer, batches, windows, sample, store, UNCOUNTED)
+    sample = answer_sampler(example.ids[: example.mask.tolist().index(True)].tolist())
+    return make_trainer(
+        cfg, loop, world, objective, tokenizer, batches, windows, sample, checkpoint_format, peak=NO_MFU
+    )
 
 
 # --- triplets ---------------------------------------------------------------------------------------------------------
@@ -209,15 +220,15 @@ class Contrast(LanguageModeling):
         self.loss = partial(infonce, temperature=cfg.temperature)
 
     @torch.no_grad()
-    def across(self, micros: list[Micro], wrapped: nn.Module) -> list[Micro]:
-        """Several micro-batches go through the model once more, for what each needs to know of the others."""
+    def before_step(self, micros: list[Micro], wrapped: nn.Module) -> list[Micro]:
+        """With several micro-batches each needs the representations of the others: one more forward of all."""
         if len(micros) == 1:
             return micros
         devices = [micros[0].tokens.device] if micros[0].tokens.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # so that the dropout to come is the same
-            seen = [wrapped(micro.tokens, None, micro.documents, None, micro.extra) for micro in micros]
-        z, here = (total(sum(column), self.world) for column in zip(*seen, strict=True))
-        return [micro._replace(extra=(*micro.extra, z, here)) for micro in micros]
+            outputs = [wrapped(micro.tokens, None, micro.documents, None, micro.extra) for micro in micros]
+        z, present = (all_reduce_sum(sum(column), self.world) for column in zip(*outputs, strict=True))
+        return [micro._replace(extra=(*micro.extra, z, present)) for micro in micros]
 
     def forward(
         self,
@@ -229,63 +240,64 @@ class Contrast(LanguageModeling):
     ) -> StepLoss | tuple[Tensor, Tensor]:
         """Without targets: (the representations in these rows, zeros elsewhere [3 G, P]; which those are [3 G])."""
         weights, streams, groups, *others = extra
-        look_only = targets is None
-        if look_only:
-            targets, at = torch.full_like(tokens, IGNORE), tokens.new_empty(0)  # no logits are wanted
+        represent_only = targets is None
+        if represent_only:
+            targets, at = torch.full_like(tokens, IGNORE), tokens.new_empty(0)  # no logits are needed
         out = self.model(tokens, targets, documents=documents, at=at, weights=weights)
-        z, here = represent(self.head, out.hidden, streams, 3 * len(groups))
-        z, here = z * here[:, None], here.float()
-        if look_only:
-            return z, here
+        z, present = represent(self.head, out.hidden, streams, 3 * len(groups))
+        z, present = z * present[:, None], present.float()
+        if represent_only:
+            return z, present
         if not others and self.world.size > 1:
-            others = [total(z.detach().clone(), self.world), total(here.clone(), self.world)]
+            others = [all_reduce_sum(tensor.detach().clone(), self.world) for tensor in (z, present)]
         if others:
-            z, here = torch.where(here[:, None] > 0, z, others[0]), others[1]
-        z, whole = z.unflatten(0, (-1, 3)), here.unflatten(0, (-1, 3)).amin(1)
-        loss = self.loss(z, groups, whole)
-        found = figures(z.detach(), groups, whole) | {"contrast/loss": loss.detach()}
-        metrics = {"loss": out.unweighted.detach(), "task": out.loss.detach()}
-        total_loss, more = self.penalised(out, targets)
-        return StepLoss(total_loss, out.weight, metrics | more, self.weight * loss, found)
+            z, present = torch.where(present[:, None] > 0, z, others[0]), others[1]
+        z, complete = z.unflatten(0, (-1, 3)), present.unflatten(0, (-1, 3)).amin(1)
+        loss = self.loss(z, groups, complete)
+        batch_metrics = figures(z.detach(), groups, complete) | {"contrast/loss": loss.detach()}
+        total, metrics = self.penalised(out, targets)
+        metrics = {"loss": out.unweighted.detach(), "task": out.loss.detach()} | metrics
+        return StepLoss(total, out.weight, metrics, self.weight * loss, batch_metrics)
 
 
-class Withstanding(Exam):
+class InjectionEvaluator(Evaluator):
     """How often attacks succeed on validation triplets, and how well the task is done.
 
     The best checkpoint is the one in which the fewest attacks succeed, among those that answer benign requests as well
-    as the base did, but for a point.
+    as the base did, within UTILITY_TOLERANCE.
     """
 
     def __init__(self, cfg: ContrastConfig, items: list[Tokenised], model: GPT, tokenizer: Tokenizer):
-        self.items, self.most = spread(items, cfg.eval_rows), cfg.answer_tokens
-        self._try_detectors()
-        self.floor = self._score(model, tokenizer).utility.value - POINT
-        say(f"base       answers {self.floor + POINT:.1%} of {len(self.items)} benign validation requests exactly")
+        self.items, self.answer_tokens = spread(items, cfg.eval_rows), cfg.answer_tokens
+        self._check_detectors()
+        self.floor = self._score(model, tokenizer).utility.value - UTILITY_TOLERANCE
+        utility = self.floor + UTILITY_TOLERANCE
+        say(f"base       answers {utility:.1%} of {len(self.items)} benign validation requests exactly")
 
-    def _try_detectors(self) -> None:
+    def _check_detectors(self) -> None:
         rows = [item.row for item in self.items if not unmeasurable(item.row)]
         if len(rows) < len(self.items):
             say(f"note: {len(self.items) - len(rows)} of {len(self.items)} validation triplets do not say what an "
                 "attack is after (attack.canary): whether it succeeds is not measured there")  # fmt: skip
-        if rows and not (found := calibrate(rows)).sound:
-            raise DataError(f"contrast.val: the detectors cannot be trusted on these rows: {found}")
+        if rows and not (calibration := calibrate(rows)).sound:
+            raise DataError(f"contrast.val: the detectors cannot be trusted on these rows: {calibration}")
 
     def _score(self, model: GPT, tokenizer: Tokenizer) -> Score:
         was_training = model.training
-        verdicts = examine(model.eval(), tokenizer, self.items, self.most)
+        verdicts = examine(model.eval(), tokenizer, self.items, self.answer_tokens)
         model.train(was_training)
         return score(verdicts)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        found, contrast = self._score(trainer.model, trainer.tokenizer), self._contrast(trainer)
+        scores, contrast = self._score(trainer.model, trainer.tokenizer), self._contrast(trainer)
         if contrast["contrast/collapse"] > COLLAPSED:
             say(f"warning: unrelated requests look alike: contrast/collapse {contrast['contrast/collapse']:.3f}")
-        shares = {name: getattr(found, name) for name in ("attack_success", "utility", "utility_injected")}
-        return {name: share.value for name, share in shares.items() if share.of} | contrast
+        rates = {name: getattr(scores, name) for name in ("attack_success", "utility", "utility_injected")}
+        return {name: rate.value for name, rate in rates.items() if rate.of} | contrast
 
     def _contrast(self, trainer: Trainer) -> dict[str, float]:
-        objective = unwrapped(trainer.objective)
-        weights = {name: whole(tensor) for name, tensor in objective.head.named_parameters()}
+        objective = unwrap_model(trainer.objective)
+        weights = {name: full_tensor(tensor) for name, tensor in objective.head.named_parameters()}
 
         def head(pooled: Tensor) -> Tensor:
             return functional_call(objective.head, weights, (pooled,))
@@ -293,14 +305,14 @@ class Withstanding(Exam):
         was_training = trainer.model.training
         trainer.model.eval()
         with trainer.autocast:
-            z, here = represented(trainer.model, head, self.items)
+            z, present = represented(trainer.model, head, self.items)
         trainer.model.train(was_training)
         groups = torch.tensor(numbered(item.row.group for item in self.items), device=z.device)
-        complete = here.float().amin(1)
-        found = figures(z, groups, complete) | {"contrast/loss": objective.loss(z, groups, complete)}
-        return {name: float(value) for name, value in found.items()}
+        complete = present.float().amin(1)
+        metrics = figures(z, groups, complete) | {"contrast/loss": objective.loss(z, groups, complete)}
+        return {name: float(value) for name, value in metrics.items()}
 
-    def rank(self, result: dict[str, float]) -> list[float]:
+    def sort_key(self, result: dict[str, float]) -> list[float]:
         shortfall = self.floor - result["utility"]
         return [1 + shortfall if shortfall > 0 else result.get("attack_success", 0.0), result["loss"]]
 
@@ -308,21 +320,24 @@ class Withstanding(Exam):
 def build_contrast(cfg: Config, world: World) -> Trainer:
     loop, contrast = cfg.finetune, cfg.contrast
     model, tokenizer, base, base_hash = load_base(loop, cfg.routing, cfg.run.seed)
-    data = main_first(world, lambda: prepare_triplets(contrast, tokenizer, loop.seq_len))
+    data = main_rank_first(world, lambda: prepare_triplets(contrast, tokenizer, loop.seq_len))
     # The width of rows; a stream keeps to the seq_len that was asked for.
     loop = replace(loop, seq_len=row_width(data.train, loop.seq_len, loop.rows, model.cfg.context))
     check_rows(loop, world.size, "finetune")
     batches = TripletBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed, contrast.stream_weights)
     data.audit.padding = batches.padding
     say(str(data.audit))
-    exam = Withstanding(contrast, data.val, model.to(world.device), tokenizer)
-    windows = triplet_windows(data.val, loop.seq_len, loop.eval_tokens)
+    evaluator = InjectionEvaluator(contrast, data.val, model.to(world.device), tokenizer)
     torch.manual_seed(cfg.run.seed)
-    weights, store = prepared(model, cfg, base, base_hash)
+    penalties, checkpoint_format = add_adapters(model, cfg, base, base_hash)
     head = ProjectionHead(model.cfg.hidden_size, contrast.head_size).to(world.device)
-    objective = Contrast(model, head, contrast, weights, world)
-    sample, store = answer(data.val[0].streams[INJECTED].prompt), WithHead(store, head)
-    return assemble(cfg, loop, world, objective, tokenizer, batches, windows, sample, store, UNCOUNTED, exam)
+    objective = Contrast(model, head, contrast, penalties, world)
+    windows = triplet_windows(data.val, loop.seq_len, loop.eval_tokens)
+    sample = answer_sampler(data.val[0].streams[INJECTED].prompt)
+    return make_trainer(
+        cfg, loop, world, objective, tokenizer, batches, windows, sample, CheckpointWithHead(checkpoint_format, head),
+        evaluator=evaluator, peak=NO_MFU,
+    )  # fmt: skip
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -353,7 +368,7 @@ def show_data(cfg: Config) -> int:
 
 
 SHARED = ("run", "finetune", "routing", "lora")
-# By objective: what builds it, which sections of the configuration decide what comes out, the command to try next.
+# By objective: what builds it, the sections of the configuration that decide the outcome, the command to try next.
 OBJECTIVES = {
     "sft": (build, (*SHARED, "chat"), 'infer.py --ckpt {} --instruct --prompt "Write a function"'),
     "contrast": (build_contrast, (*SHARED, "contrast"), "eval.py --suite injection --ckpt {}"),
@@ -369,8 +384,8 @@ def main(argv: list[str]) -> int:
     refuse_own_base(cfg)
     world = start(cfg.run.device)
     try:
-        make, sections, following = OBJECTIVES[cfg.finetune.objective]
-        return run(cfg, world, make, sections, f"python {following.format(cfg.run.dir)}")
+        make, sections, command = OBJECTIVES[cfg.finetune.objective]
+        return run(cfg, world, Task(make, sections, f"python {command.format(cfg.run.dir)}"))
     finally:
         stop(world)
 

@@ -1,26 +1,30 @@
-"""The machine: device, precision, and the ranks of a torchrun world. A world of one needs none of torch.distributed."""
+"""The machine: device, precision, signals, compilation, and the ranks of a torchrun world.
+
+A world of one needs none of torch.distributed. FSDP and its tensors are recognised by their methods, since importing
+their classes takes as long as half of torch; `wrap_model` alone imports them.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import platform
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nanoqwen.errors import WorldError
+from nanoqwen.errors import ConfigError, Preempted, WorldError, say
 
-PATIENCE = timedelta(hours=4)  # that ranks wait for each other: one prepares the data, or writes a large checkpoint
+Result = TypeVar("Result")
+TIMEOUT = timedelta(hours=4)  # that ranks wait for each other: one prepares the data, or writes a large checkpoint
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def start(device: str) -> World:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     # Flags travel as CPU tensors over gloo, so that no step waits for the device.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), local_rank, size, chosen)
 
 
@@ -111,14 +115,42 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def wrap(objective: nn.Module, world: World, parallel: str) -> nn.Module:
-    """The module that is minimised, so wrapped that gradients are averaged over the ranks.
+# --- compiling and wrapping -------------------------------------------------------------------------------------------
 
-    ddp keeps all weights on each rank; fsdp a share of each, which is gathered block by block when it is needed.
+
+def compile_objective(objective: nn.Module, mode: str, seq_len: int, device: torch.device, parallel: str) -> nn.Module:
+    """Compile in place: mode off, on, or auto, which compiles on CUDA alone, where it pays within seconds."""
+    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return objective
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no Triton, a broken one: each fails in its own way
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else "no reason"
+        if mode == "on":
+            raise ConfigError(f"compile: expected a working compiler, got {reason:.200}") from None
+        say(f"not compiled: no working compiler ({reason:.200})")
+        return objective
+    model = objective.model  # whose rotary tables are made now: grown later, they would compile everything again
+    model.rope.tables(model.cfg, seq_len, seq_len, device)
+    if parallel == "fsdp":
+        for block in model.model.layers:  # sharding hooks stand around each block
+            block.compile()
+    else:
+        objective.compile()
+    return objective
+
+
+def wrap_model(objective: nn.Module, world: World, parallel: str) -> nn.Module:
+    """The module that is minimised, wrapped so that gradients are averaged over the ranks.
+
+    ddp keeps all weights on each rank; fsdp a shard of each, which is gathered block by block when it is needed.
     """
     if world.size == 1:
         return objective
     if parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(world.device.type, (world.size,))
         for block in objective.model.model.layers:
             fully_shard(block, mesh=mesh)
@@ -128,49 +160,47 @@ def wrap(objective: nn.Module, world: World, parallel: str) -> nn.Module:
     return DistributedDataParallel(objective, device_ids=devices)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The inverse of `wrap`: fsdp changes a module in its place."""
+def unwrap_model(module: nn.Module) -> nn.Module:
+    """The inverse of `wrap_model`: fsdp changes a module in place."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 @contextmanager
 def sync_gradients(module: nn.Module, now: bool) -> Iterator[None]:
     """Average gradients over the ranks only in the backward of a step's last micro-batch."""
-    if isinstance(module, FSDPModule):
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP
         module.set_requires_gradient_sync(now)
-    silent = isinstance(module, DistributedDataParallel) and not now
-    with module.no_sync() if silent else nullcontext():
+    skip = isinstance(module, DistributedDataParallel) and not now
+    with module.no_sync() if skip else nullcontext():
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is spread over the ranks, gathered on all of them; any other as it is. All ranks call it."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+# --- collectives: all ranks call them together ------------------------------------------------------------------------
 
 
-def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """The inverse of `whole`: this rank's share of a tensor that every rank has, on the example's device."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered on all ranks; any other as it is."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """The inverse of `full_tensor`: this rank's shard of a tensor that every rank has, on the example's device."""
     tensor = tensor.to(example.device)
-    return (
-        distribute_tensor(tensor, example.device_mesh, example.placements) if isinstance(example, DTensor) else tensor
-    )
+    if not hasattr(example, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, example.device_mesh, example.placements)
 
 
-def total(value: Tensor, world: World) -> Tensor:
-    """The sum over all ranks."""
+def all_reduce_sum(value: Tensor, world: World) -> Tensor:
+    """The sum over all ranks, in place."""
     if world.size > 1:
         dist.all_reduce(value)
     return value
 
 
-def any_rank(flag: bool, world: World) -> bool:
-    """Whether the flag is set on any rank; all ranks get the same answer at the same step."""
-    if world.size == 1:
-        return flag
-    return bool(total(torch.tensor([float(flag)]), world) > 0)
-
-
-def least(value: int, world: World) -> int:
+def all_reduce_min(value: int, world: World) -> int:
     """The smallest of the ranks' values."""
     if world.size > 1:
         dist.all_reduce(tensor := torch.tensor([value]), dist.ReduceOp.MIN)
@@ -178,6 +208,53 @@ def least(value: int, world: World) -> int:
     return value
 
 
+def any_rank(flag: bool, world: World) -> bool:
+    """True if the flag is set on any rank; all ranks get the same answer at the same step."""
+    if world.size == 1:
+        return flag
+    return bool(all_reduce_sum(torch.tensor([float(flag)]), world) > 0)
+
+
 def barrier(world: World) -> None:
     if world.size > 1:
-        total(torch.zeros(1), world)  # over gloo; nccl's would choose a device by itself
+        all_reduce_sum(torch.zeros(1), world)  # over gloo; nccl's would choose a device by itself
+
+
+def main_rank_first(world: World, make: Callable[[], Result]) -> Result:
+    """Run `make` on the main rank first; the others then find its files."""
+    if not world.is_main:
+        barrier(world)
+    result = make()
+    if world.is_main:
+        barrier(world)
+    return result
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+class Stop:
+    """First signal: save and exit after this step. Second Ctrl-C: exit now.
+
+    Before the first step there is nothing to save, and any signal exits at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.can_wait = False  # set by the loop, which reads the flag
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT and (self.requested or not self.can_wait):
+            raise KeyboardInterrupt
+        if not self.can_wait:
+            raise Preempted("stopped by a signal before the first step; the same command starts again")
+        self.requested = True

@@ -1,7 +1,7 @@
-"""Held-out text: how well a model predicts it, the same figures for a run under way and for a finished model.
+"""Held-out text: how well a model predicts it, measured alike in a run and for a finished model.
 
 `evaluate` is what the loop of train.py calls: sums over all ranks. `measure` is for a finished model on one device: the
-same figures, with standard errors, which need the loss of each row.
+same metrics with standard errors, which need the loss of each row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from data import IGNORE, Batch, micro_batches, token_bytes
 from model import GPT, LOGITS_PER_CHUNK
 from nanoqwen.config import Config
-from nanoqwen.distributed import World, pick_device, pick_dtype, total
+from nanoqwen.distributed import World, all_reduce_sum, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError
 from nanoqwen.files import plain_json
 from nanoqwen.routing import RoutingConfig, mean_stats, routed_by
@@ -32,7 +32,7 @@ Section = TypeVar("Section")
 
 
 def share_of(windows: list[Batch], world: World) -> list[Batch]:
-    """A rank's windows. All ranks have equally many, because a sharded model runs on all of them or on none."""
+    """This rank's windows, padded with empty ones so that all ranks run equally many forwards (FSDP)."""
     empty = windows[0]._replace(targets=torch.full_like(windows[0].targets, IGNORE))
     filled = [*windows, *[empty] * (-len(windows) % world.size)]
     return filled[world.rank :: world.size]
@@ -40,14 +40,14 @@ def share_of(windows: list[Batch], world: World) -> list[Batch]:
 
 @torch.no_grad()
 def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, autocast: Any) -> dict[str, float]:
-    """Validation loss in nats, perplexity and bits per byte, over a fixed list of windows shared among the ranks.
+    """Validation loss in nats per target, perplexity and bits per byte, over a fixed list of windows split among ranks.
 
     Bits per byte: the bits of all targets, those that end documents and turns included, over the bytes of the text.
     """
     was_training = model.training
     model.eval()
     losses, counts, sizes = [], 0, 0
-    figures: dict[str, Tensor] = {}  # of routers, summed over targets
+    router_sums: dict[str, Tensor] = {}  # over targets
     for window in share_of(windows, world):
         (micro,) = micro_batches(window, len(window.tokens), world.device)
         with autocast:
@@ -57,22 +57,22 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
         counts, sizes = counts + len(real), sizes + int(bytes_of[real].sum())
         for name, value in mean_stats(out.stats).items():
             if name.startswith("mean/"):
-                figures[name] = figures.get(name, 0) + value * len(real)
+                router_sums[name] = router_sums.get(name, 0) + value * len(real)
     model.train(was_training)
     nats = torch.stack(losses).cpu().double().sum()  # an Apple GPU has no float64
-    routed = torch.stack(list(figures.values())).tolist() if figures else []
+    routed = torch.stack(list(router_sums.values())).tolist() if router_sums else []
     sums = torch.tensor([float(nats), counts, sizes, *routed], dtype=torch.float64)
-    nats, count, size, *routed = total(sums, world).tolist()
+    nats, count, size, *routed = all_reduce_sum(sums, world).tolist()
     loss = nats / count
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, size)}
-    return result | {f"router/{name}": value / count for name, value in zip(figures, routed, strict=True)}
+    return result | {f"router/{name}": value / count for name, value in zip(router_sums, routed, strict=True)}
 
 
 @torch.no_grad()
 def calibrate(model: GPT, windows: list[Batch], tokens: int, device: torch.device, autocast: Any) -> None:
-    """Set the thresholds of the causal routers, one layer after the other, on the first windows: the same on all ranks.
+    """Set the thresholds of the causal routers, layer by layer, on the first windows: the same on all ranks.
 
-    With them the share of tokens that is computed is the capacity; the loss has no part in it.
+    With them the fraction of tokens that is computed is the capacity; the loss plays no part.
     """
     length = windows[0].tokens.shape[1]
     rows = max(1, tokens // length)
@@ -83,7 +83,7 @@ def calibrate(model: GPT, windows: list[Batch], tokens: int, device: torch.devic
     ids, targets = (t.to(device) for t in first)
     was_training = model.training
     model.eval()
-    with routed_by(model, "calibrate"), autocast:  # no logits are needed, but to know which tokens are padding
+    with routed_by(model, "calibrate"), autocast:  # no logits are needed; the targets say which tokens are padding
         model(ids, targets, documents=documents, at=torch.empty(0, dtype=torch.long, device=device))
     model.train(was_training)
 
@@ -91,7 +91,7 @@ def calibrate(model: GPT, windows: list[Batch], tokens: int, device: torch.devic
 def evaluate_routed(
     model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, autocast: Any
 ) -> dict[str, float]:
-    """`evaluate`; of a model with routers as it is used, and beside it as it trains, which looks ahead."""
+    """`evaluate`; of a routed model causally, as at inference, and also with top-k, as in training: non-causal."""
     if model.routing is None:
         return evaluate(model, windows, bytes_of, world, autocast)
     if model.routing.calibrate_tokens:
@@ -125,13 +125,13 @@ def open_finished(cfg: Config) -> Finished:
     folder = source_folder(cfg)
     device = pick_device(cfg.run.device)
     dtype, _ = pick_dtype(cfg.run.dtype, device)
-    how = {"dtype": torch.float32, "merge": False} if is_adapter(folder) else {}
-    model, tokenizer = load_model(folder, device, **how)
+    options = {"dtype": torch.float32, "merge": False} if is_adapter(folder) else {}
+    model, tokenizer = load_model(folder, device, **options)
     if tokenizer is None:
         raise ConfigError(f"eval.ckpt: expected a model with a tokenizer, {folder} has none")
-    plain = dtype == torch.float32
-    autocast = nullcontext() if plain else torch.autocast(device.type, dtype)
-    return Finished(folder, model.float() if plain else model, tokenizer, device, dtype, autocast)
+    single = dtype == torch.float32
+    autocast = nullcontext() if single else torch.autocast(device.type, dtype)
+    return Finished(folder, model.float() if single else model, tokenizer, device, dtype, autocast)
 
 
 def source_folder(cfg: Config) -> Path:
@@ -147,7 +147,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def figures_file(cfg: Config, folder: Path, name: str) -> Path:
-    """Where figures go: the file that is named, else one in the run folder of a checkpoint, else in this folder."""
+    """Where results go: eval.output, else a file in the run folder of a checkpoint, else in this folder."""
     path = (run_of(folder) or Path()) / name if cfg.eval.output is None else Path(cfg.eval.output)
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"eval.output: expected a file in a folder that exists, got {path}")
@@ -162,21 +162,21 @@ class Scored(NamedTuple):
     """Of each target [N], in their order."""
 
     nats: Tensor
-    greedy: Tensor  # whether no token was likelier
+    greedy: Tensor  # true where no token was likelier
     stats: dict[str, Tensor]  # of routers
 
 
 @torch.no_grad()
 def token_losses(model: GPT, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Scored:
-    """tokens, targets [B, T], IGNORE where nothing is asked. At most LOGITS_PER_CHUNK logits exist at a time."""
+    """tokens, targets [B, T], IGNORE where there is none. At most LOGITS_PER_CHUNK logits exist at a time."""
     at = (targets != IGNORE).flatten().nonzero().squeeze(1)
-    # Told that no logits are wanted, the model makes none; from the targets its routers know what is padding.
+    # at[:0]: the model computes no logits; the targets tell its routers what is padding.
     out = model(tokens, targets, documents=documents, at=at[:0])
     rows = max(1, LOGITS_PER_CHUNK // model.cfg.vocab_size)
-    hidden, wanted = out.hidden.flatten(0, 1)[at], targets.flatten()[at]
+    hidden, labels = out.hidden.flatten(0, 1)[at], targets.flatten()[at]
     nats, greedy = [], []
-    for part, ids in zip(hidden.split(rows), wanted.split(rows), strict=True):
-        logits = model.logits(part)
+    for chunk, ids in zip(hidden.split(rows), labels.split(rows), strict=True):
+        logits = model.logits(chunk)
         nats.append(F.cross_entropy(logits, ids, reduction="none"))
         greedy.append(logits.argmax(-1) == ids)
     return Scored(torch.cat(nats), torch.cat(greedy), out.stats)
@@ -193,7 +193,7 @@ class Estimate(NamedTuple):
 
 
 def ratio(over: Tensor, under: Tensor) -> Estimate:
-    """sum(over) / sum(under) of rows [R], drawn as wholes: the residuals of rows say how far it may be off."""
+    """sum(over) / sum(under) over rows [R]; its standard error comes from the residuals, as rows are sampled whole."""
     rows, value = len(over), float(over.sum() / under.sum().clamp(min=1))
     if rows < 2:
         return Estimate(value, None)
@@ -208,7 +208,7 @@ class Measured(NamedTuple):
     tokens: int  # that were predicted
     bytes: int  # of their text
     rows: int
-    used: float | None  # share of the tokens that routed layers computed; None: no layer is routed
+    used: float | None  # fraction of the tokens that routed layers computed; None: no layer is routed
 
 
 def measure(model: GPT, windows: Sequence[Batch], bytes_of: Tensor, device: torch.device, autocast: Any) -> Measured:
@@ -217,38 +217,38 @@ def measure(model: GPT, windows: Sequence[Batch], bytes_of: Tensor, device: torc
     for window in windows:
         (micro,) = micro_batches(window, len(window.tokens), device)
         with autocast:
-            found = token_losses(model, micro.tokens, micro.targets, micro.documents)
-        kept = window.targets != IGNORE
-        row_of = kept.nonzero()[:, 0]
-        each = torch.stack((found.nats.cpu().double(), bytes_of[window.targets[kept]].double()), dim=1)
-        per_row = torch.zeros(len(kept), 2, dtype=torch.float64).index_add(0, row_of, each)
-        sums.append(torch.cat((per_row, kept.sum(1, keepdim=True)), dim=1))
-        used += float(mean_stats(found.stats).get("mean/selected_fraction", 0.0)) * len(row_of)
+            losses = token_losses(model, micro.tokens, micro.targets, micro.documents)
+        trained = window.targets != IGNORE
+        row_of = trained.nonzero()[:, 0]
+        per_target = torch.stack((losses.nats.cpu().double(), bytes_of[window.targets[trained]].double()), dim=1)
+        per_row = torch.zeros(len(trained), 2, dtype=torch.float64).index_add(0, row_of, per_target)
+        sums.append(torch.cat((per_row, trained.sum(1, keepdim=True)), dim=1))
+        used += float(mean_stats(losses.stats).get("mean/selected_fraction", 0.0)) * len(row_of)
     nats, sizes, counts = torch.cat(sums).unbind(1)
     tokens = int(counts.sum())
     loss, bits = ratio(nats, counts), ratio(nats / math.log(2), sizes)
     perplexity = math.exp(min(loss.value, 700))
-    spread = None if loss.error is None else perplexity * loss.error
-    share = used / tokens if model.routing else None
-    return Measured(loss, Estimate(perplexity, spread), bits, tokens, int(sizes.sum()), len(nats), share)
+    error = None if loss.error is None else perplexity * loss.error
+    fraction = used / tokens if model.routing else None
+    return Measured(loss, Estimate(perplexity, error), bits, tokens, int(sizes.sum()), len(nats), fraction)
 
 
 def measure_finished(of: Finished, windows: list[Batch], calibrating: bool = False) -> dict[str, Measured]:
-    """By name: `loss`; of a model with routers `loss_causal`, as it is used, and `loss_topk`, which looks ahead.
+    """By name: `loss`; of a routed model `loss_causal`, as at inference, and `loss_topk`, which is non-causal.
 
-    Thresholds stay as they are stored unless asked for otherwise: then they are set here, and not kept.
+    calibrating: set the thresholds of its routers on these windows first; they are not stored
     """
     if calibrating and of.model.routing is None:
         raise ConfigError(f"eval.calibrate: expected a model with routed layers, {of.folder} has none")
     if calibrating:
         tokens = of.model.routing.calibrate_tokens or RoutingConfig().calibrate_tokens
         calibrate(of.model, windows, tokens, of.device, of.autocast)
-    asked = (windows, token_bytes(of.tokenizer), of.device, of.autocast)
+    text = (windows, token_bytes(of.tokenizer), of.device, of.autocast)
+    measured = measure(of.model, *text)
     if of.model.routing is None:
-        return {"loss": measure(of.model, *asked)}
-    causal = measure(of.model, *asked)
+        return {"loss": measured}
     with routed_by(of.model, "topk"):
-        return {"loss_causal": causal, "loss_topk": measure(of.model, *asked)}
+        return {"loss_causal": measured, "loss_topk": measure(of.model, *text)}
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Any]]:
@@ -261,7 +261,7 @@ def recorded(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def section(run: dict[str, dict[str, Any]], name: str, kind: type[Section]) -> Section:
-    """A section of a recorded configuration; a key that is younger than the run has its default."""
+    """A section of a recorded configuration; keys that are not in it have their defaults."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in run.get(name, {}).items()}
     try:
         return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})

@@ -1,13 +1,14 @@
-"""What a run says while it goes: metrics.jsonl, a bar or lines for the person, wandb, and how fast it is.
+"""What a run reports on its way: metrics.jsonl, a bar or lines for the person, wandb, and its speed.
 
-MFU, model FLOP utilisation, is FLOPs a token x tokens a second / peak. The FLOPs are those of the matrix products that
-the model needs (`model.flops_per_token`): recomputed activations do not count, nor do embeddings that are looked up.
-Attention counts once with the half of its scores that causality needs, and once in full, as many papers have it. The
-peak is the device's data sheet (dense, in the dtype that computes), or on a CPU and an Apple GPU a measured product.
+MFU, model FLOP utilisation, is FLOPs per token x tokens per second / peak. The FLOPs are those of the matrix products
+that the model needs (`model.flops_per_token`): recomputed activations do not count, nor do embeddings that are looked
+up. Attention counts once with the half of its scores that causality needs, and once in full, as many papers have it.
+The peak is that of the device's data sheet (dense, in the dtype that computes); on a CPU and an Apple GPU that of a
+measured product.
 
-metrics.jsonl has a row for each step: `loss` (nats a target), `grad_norm` (before clipping), `lr`, `targets` (how many
-are trained), `skipped`, `epoch`, `cursor` and `batch_sha` (which batch it was), and what the objective adds (`task`,
-`contrast/*`, `train/*`, `router/LAYER/*`). The last row of each interval also has `tokens_per_s` (targets a second of
+metrics.jsonl has a row for each step: `loss` (nats per target), `grad_norm` (before clipping), `lr`, `targets` (their
+number), `skipped`, `epoch`, `cursor` and `batch_sha` (which batch it was), and what the objective adds (`task`,
+`contrast/*`, `train/*`, `router/LAYER/*`). The last row of each interval also has `tokens_per_s` (targets per second of
 training), `mfu`, `mfu_full` and `memory_mb`. An evaluation is a row of its own, with `val/*`; so is a resume (`event`).
 """
 
@@ -44,7 +45,7 @@ PEAKS = {
     "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
     "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX A6000": 155, "RTX 6000 Ada": 364,
 }  # fmt: skip
-SIDE, SECONDS = 1024, 0.4  # of the square matrices whose product is measured; for how long
+SIDE, SECONDS = 1024, 0.4  # of the square matrices whose product is measured; seconds of measuring
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         words = name.replace("-", " ")
-        known = next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", words)), None)
+        known = next((peak for model, peak in PEAKS.items() if re.search(rf"\b{model}\b", words)), None)
         if known is None or dtype == torch.float32:
             return Peak(None, f"of {name} in {kind} not known")
         return Peak(known * 1e12, f"{known} TFLOP/s of {name}, {kind}, data sheet")
@@ -83,10 +84,10 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Speed(NamedTuple):
-    """Tokens per second as a share of what the devices could do."""
+    """Tokens per second as a fraction of what the devices could do."""
 
-    causal: float  # FLOPs a token, attention counted as far as causality needs it
-    full: float  # and in full
+    causal: float  # FLOPs per token, attention counted as far as causality needs it
+    full: float  # attention counted in full
     peak: float | None  # of all devices together, FLOP/s
 
     @classmethod
@@ -97,65 +98,63 @@ class Speed(NamedTuple):
         return cls(*flops, peak.flops and peak.flops * devices)
 
     def metrics(self, positions_per_s: float) -> dict[str, float | None]:
-        """Positions, trained or only read: both are computed."""
-        return {"mfu": self._share(self.causal * positions_per_s), "mfu_full": self._share(self.full * positions_per_s)}
-
-    def _share(self, flops_per_s: float) -> float | None:
-        return flops_per_s / self.peak if self.peak else None
+        """Of all positions, with or without a target: both are computed."""
+        rates = {"mfu": self.causal * positions_per_s, "mfu_full": self.full * positions_per_s}
+        return {name: flops_per_s / self.peak if self.peak else None for name, flops_per_s in rates.items()}
 
 
 def memory_mb(device: torch.device) -> float:
-    """What a run takes, in 10^6 bytes: of a GPU's memory (CUDA: the most so far), else what is resident."""
+    """Memory of a run in 10^6 bytes: of a GPU (CUDA: its peak so far), else what is resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e6
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    except OSError:  # no Linux: the most so far, in bytes on macOS
+    except OSError:  # no Linux: the peak so far, in bytes on macOS
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f}%"
+def percent(fraction: float | None) -> str:
+    return "n/a" if fraction is None else f"{100 * fraction:.1f}%"
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def trim(file: Path, step: int) -> None:
-    """Drop the rows after `step`, which are about to come again, and what a kill has left of a line."""
+    """Drop the rows after `step`, which are about to be written again, and a line that a kill cut off."""
     if not file.exists():
         return
-    kept = []
+    kept_lines = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
             if row["step"] <= step:
-                kept.append(line + "\n")
+                kept_lines.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
-    write_atomic(file, "".join(kept).encode())
+    write_atomic(file, "".join(kept_lines).encode())
 
 
-def plain(value: Any) -> Any:
-    """As JSON has it: a tensor's number, null for what is not finite."""
+def json_value(value: Any) -> Any:
+    """A tensor's number; null for what is not finite."""
     value = value.item() if isinstance(value, Tensor) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricLog:
-    """One row per step in metrics.jsonl and wandb; for the person a bar on a terminal, else lines that grep finds.
+    """One row per step in metrics.jsonl and wandb; for the person a bar on a terminal, else lines to grep.
 
-    Values stay tensors until `flush`, so that the device is asked once per interval. All ranks keep the log, because
-    all have to see when steps are skipped; the main rank alone writes.
+    Values stay tensors until `flush`: one host sync per interval. All ranks keep the log, because all have to see when
+    steps are skipped; the main rank alone writes.
     """
 
     def __init__(self, cfg: Config, loop: TrainConfig, folder: Path, first: int, speed: Speed, world: World):
         self.steps, self.skip_limit, self.positions = loop.steps, loop.skip_limit, loop.batch_tokens
         self.speed, self.main, self.device = speed, world.is_main, world.device
         self.path = folder / "metrics.jsonl"
-        self.waiting: list[dict[str, Any]] = []
+        self.pending: list[dict[str, Any]] = []
         self.skipped, self.done = 0, first
         self.wandb = self.bar = None
         if self.main:
@@ -166,30 +165,30 @@ class MetricLog:
         self.clock, self.paused = time.perf_counter(), 0.0
 
     def add(self, **entry: Any) -> None:
-        self.waiting.append(entry)
+        self.pending.append(entry)
         if self.bar is not None:
             self.bar.update()
 
     def flush(self) -> None:
-        """Write the waiting rows, say how it goes; a NonFiniteError after too many skipped steps in a row."""
-        if not self.waiting:
+        """Write and print the pending rows; a NonFiniteError after too many skipped steps in a row."""
+        if not self.pending:
             return
-        rows = [{key: plain(value) for key, value in row.items()} for row in self.waiting]
+        rows = [{key: json_value(value) for key, value in row.items()} for row in self.pending]
         seconds = time.perf_counter() - self.clock - self.paused
         rows[-1]["tokens_per_s"] = sum(row["targets"] for row in rows) / seconds
         rows[-1] |= self.speed.metrics(len(rows) * self.positions / seconds) | {"memory_mb": memory_mb(self.device)}
         self.done = rows[-1]["step"]
         if self.main:
             self._write(rows)
-            self._tell(rows[-1], seconds / len(rows) * (self.steps - self.done))
-        self.waiting, self.clock, self.paused = [], time.perf_counter(), 0.0
+            self._print(rows[-1], seconds / len(rows) * (self.steps - self.done))
+        self.pending, self.clock, self.paused = [], time.perf_counter(), 0.0
         for row in rows:
-            self._watch(row)
+            self._count_skipped(row)
 
     def event(self, **row: Any) -> None:
         """A row beside those of the steps: an evaluation, a resume."""
         if self.main:
-            self._write([{key: plain(value) for key, value in row.items()}])
+            self._write([{key: json_value(value) for key, value in row.items()}])
 
     def sample(self, step: int, text: str, **more: Any) -> None:
         if self.main:
@@ -200,21 +199,21 @@ class MetricLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb is not None:
-            for row in rows:  # without `step=`: wandb drops rows of steps that it has seen, which a resume repeats
+            for row in rows:  # without `step=`: wandb drops rows of steps it has seen, which a resume repeats
                 self.wandb.log({key: value for key, value in row.items() if key != "batch_sha"})
 
-    def _tell(self, row: dict[str, Any], seconds_left: float) -> None:
+    def _print(self, row: dict[str, Any], seconds_left: float) -> None:
         loss = "n/a" if row["loss"] is None else f"{row['loss']:.4f}"
         norm = "n/a" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-        figures = f"loss {loss} lr {row['lr']:.2e} grad_norm {norm} tok/s {row['tokens_per_s']:,.0f} " + (
+        metrics = f"loss {loss} lr {row['lr']:.2e} grad_norm {norm} tok/s {row['tokens_per_s']:,.0f} " + (
             f"MFU {percent(row['mfu'])} ({percent(row['mfu_full'])})"
         )
         if not self.bar.disable:
-            self.bar.set_postfix_str(figures)
+            self.bar.set_postfix_str(metrics)
         else:
-            say(f"step {row['step']}/{self.steps} {figures} ETA {tqdm.format_interval(seconds_left)}")
+            say(f"step {row['step']}/{self.steps} {metrics} ETA {tqdm.format_interval(seconds_left)}")
 
-    def _watch(self, row: dict[str, Any]) -> None:
+    def _count_skipped(self, row: dict[str, Any]) -> None:
         self.skipped = self.skipped + 1 if row["skipped"] else 0
         if self.skipped:
             say(f"step {row['step']} skipped: its gradient is not finite (batch_sha {row['batch_sha']})")
@@ -223,7 +222,7 @@ class MetricLog:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that does not count as training: evaluation, samples, checkpoints."""
+        """Stop the clock of training: for evaluation, samples, checkpoints."""
         started = time.perf_counter()
         yield
         self.paused += time.perf_counter() - started
@@ -246,13 +245,13 @@ def start_wandb(cfg: Config, folder: Path) -> Any:
         return None
     import wandb
 
-    note = folder / "wandb-id"
-    if not note.exists():
-        write_atomic(note, secrets.token_hex(8).encode())
+    id_file = folder / "wandb-id"
+    if not id_file.exists():
+        write_atomic(id_file, secrets.token_hex(8).encode())
     run = wandb.init(
         project=log.project,
         name=log.name or folder.name,
-        id=note.read_text().strip(),
+        id=id_file.read_text().strip(),
         resume="allow",
         mode=log.wandb,
         dir=str(folder),

@@ -1,4 +1,4 @@
-"""How weights move: which parameter is in which group, the optimizers, and the one owner of the learning rate."""
+"""How weights move: the group of each parameter, the optimizers, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from nanoqwen.config import TrainConfig
-from nanoqwen.distributed import spread_like
+from nanoqwen.distributed import shard_like
 from nanoqwen.routing import RoutingConfig
 
-# Modules of routers, by a whole part of a parameter's name, and the group that they are in.
+# Router modules, by one component of a parameter's name, and the group of their parameters.
 ROUTER_GROUPS = {
     "causal_router": "causal",
     "mod_router": "mod",
@@ -20,7 +20,7 @@ ROUTER_GROUPS = {
     "transition_net": "prior",
 }
 GROUPS = ("muon", "decay", "plain", "prior", "prior_norm", "surprise", "mod", "causal")
-# The rest has none: it would drag a router's offsets to zero.
+# Groups with weight decay. The others have none: it would drag a router's offsets to zero.
 DECAYING = ("decay", "prior")
 
 
@@ -28,30 +28,29 @@ def parameter_groups(
     model: nn.Module, cfg: TrainConfig, head: nn.Module | None = None
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Each trainable parameter in one group: muon (hidden matrices), decay (other matrices), plain (vectors), and
-    those of routers, which have rates of their own.
+    those of routers, which have learning rates of their own.
 
-    head: what is trained beside the model, under names of its own
+    head: trained beside the model; its names begin with `head.`
     """
     groups: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in GROUPS}
-    beside = head.named_parameters(prefix="head") if head is not None else ()
-    for name, parameter in (*model.named_parameters(), *beside):
+    of_head = head.named_parameters(prefix="head") if head is not None else ()
+    for name, parameter in (*model.named_parameters(), *of_head):
         if parameter.requires_grad:
             groups[_group_of(name, parameter, cfg)][name] = parameter
     return {kind: members for kind, members in groups.items() if members}
 
 
 def _group_of(name: str, parameter: nn.Parameter, cfg: TrainConfig) -> str:
-    for part in name.split("."):
-        if part in ROUTER_GROUPS:
-            prior = ROUTER_GROUPS[part] == "prior" and parameter.dim() < 2
-            return "prior_norm" if prior else ROUTER_GROUPS[part]
+    for component in name.split("."):
+        if group := ROUTER_GROUPS.get(component):
+            return "prior_norm" if group == "prior" and parameter.dim() < 2 else group
     if parameter.dim() < 2:
         return "plain"
     return "muon" if ".layers." in name and cfg.optimizer == "muon" else "decay"
 
 
 def rate_scales(cfg: TrainConfig, routing: RoutingConfig | None) -> dict[str, float]:
-    """What the loop's rate is multiplied with, for groups that have another."""
+    """Factors on the learning rate of the loop, for groups that have another."""
     if routing is None:
         return {}
     own = {"causal": routing.causal_lr, "surprise": routing.surprise_lr, "mod": routing.mod_lr}
@@ -60,7 +59,7 @@ def rate_scales(cfg: TrainConfig, routing: RoutingConfig | None) -> dict[str, fl
 
 
 class Optimizers:
-    """AdamW, with Muon beside it for the hidden matrices; one rate for all but routers. State is kept by name."""
+    """AdamW, and Muon for the hidden matrices; one learning rate for all but routers. State is saved by name."""
 
     def __init__(
         self, groups: dict[str, dict[str, nn.Parameter]], cfg: TrainConfig, routing: RoutingConfig | None = None
@@ -95,7 +94,7 @@ class Optimizers:
         """Move the weights, unless the flag `skip` (0 or 1, fp32) is set: then weights, moments and counts all stay."""
         for optimizer in self.members:
             if isinstance(optimizer, torch.optim.AdamW):
-                # The fused kernel's own switch, which torch's GradScaler sets too: the device is not asked.
+                # The fused kernel's own switch, which torch's GradScaler sets too: no host sync.
                 optimizer.found_inf, optimizer.grad_scale = skip, None
                 optimizer.step()
             elif not skip.item():  # Muon has no such switch
@@ -120,7 +119,7 @@ class Optimizers:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`; a tensor too many, too few or of another shape is a ValueError that names it."""
+        """The inverse of `state`; a ValueError names a tensor that is missing, unexpected or of another shape."""
         rest = dict(state)
         for optimizer in self.members:
             muon = isinstance(optimizer, torch.optim.Muon)
@@ -134,7 +133,7 @@ class Optimizers:
                         raise ValueError(f"optimizer state {self.names[p]}.{key}: expected {shape} {dtype}, got {got}")
                 # AdamW keeps its step count beside the parameters in fp32, also on a device.
                 optimizer.state[p] = {
-                    key: t.to(p.device) if key == "step" else spread_like(t, p) for key, t in entry.items()
+                    key: t.to(p.device) if key == "step" else shard_like(t, p) for key, t in entry.items()
                 }
         if rest:
             raise ValueError(f"optimizer state: unexpected {', '.join(sorted(rest)[:5])}")
@@ -146,7 +145,7 @@ class Plateau:
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.scale, self.best, self.bad, self.cooldown = cfg, 1.0, math.inf, 0, 0
 
-    def see(self, loss: float) -> None:
+    def update(self, loss: float) -> None:
         if loss < self.best * (1 - self.cfg.plateau_threshold):
             self.best, self.bad = loss, 0
         elif self.cooldown:
@@ -166,7 +165,7 @@ class Plateau:
 
 
 def lr_at(step: int, cfg: TrainConfig, plateau_scale: float = 1.0) -> float:
-    """The rate of a step: a linear warm-up, then the schedule, down to floor x lr at the last step."""
+    """The learning rate of a step: a linear warm-up, then the schedule, down to floor x lr at the last step."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, cfg.steps - 1 - cfg.warmup_steps)
@@ -175,9 +174,9 @@ def lr_at(step: int, cfg: TrainConfig, plateau_scale: float = 1.0) -> float:
     if cfg.schedule == "constant":
         return cfg.lr
     if cfg.schedule == "cosine":
-        share = (1 + math.cos(math.pi * done)) / 2
+        height = (1 + math.cos(math.pi * done)) / 2
     elif cfg.schedule == "linear":
-        share = 1 - done
+        height = 1 - done
     else:  # wsd: warm-up, stable, decay
-        share = min(1.0, (1 - done) / cfg.decay_share) if cfg.decay_share else 1.0
-    return cfg.lr * (cfg.floor + (1 - cfg.floor) * share)
+        height = min(1.0, (1 - done) / cfg.decay_share) if cfg.decay_share else 1.0
+    return cfg.lr * (cfg.floor + (1 - cfg.floor) * height)

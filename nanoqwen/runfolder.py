@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 
 from model import GPT
 from nanoqwen import files
-from nanoqwen.errors import DiskError, FormatError, NonFiniteError, warn
+from nanoqwen.config import Config
+from nanoqwen.errors import ConfigError, DiskError, FormatError, NonFiniteError, ResumeError, warn
 from nanoqwen.files import (
     TEMPORARY,
     complete_or_absent,
@@ -50,7 +52,7 @@ from nanoqwen.files import (
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import CheckpointError, hash_tensor, open_safetensors, safetensors_header, write_folder
 
-FORMAT = 1  # of a checkpoint; raised when an older program would misread a newer one
+FORMAT = 2  # of a checkpoint; raised when an older program would misread a newer one
 DIGEST_KEYS = ("step", "lr", "cursor", "rng")  # of state.json: with the tensors they determine how a run continues
 FILES_PER_CHECKPOINT = 16  # a dozen, and some to spare
 DELETED, REPLACED = ".del-", ".old-"  # prefixes: being deleted; about to be replaced by a new checkpoint of the step
@@ -374,6 +376,61 @@ def _tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
 def _part(file: Path) -> str:
     """ "model", "optimizer", ...: the shards of a model are one part of the checkpoint."""
     return re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
+
+
+# --- resuming a run ---------------------------------------------------------------------------------------------------
+
+# May differ between a run and its continuation without a word: changes no weight by more than rounding does.
+MAY_CHANGE_ON_RESUME = re.compile(
+    r"run\.(device|dir|resume|overwrite|keep|save_every|parallel|allow_change)|data\.(cache_dir|workers)"
+    r"|\w+\.(micro_batch|checkpoint_activations|compile|eval_every|eval_tokens|log_every|sample_tokens|skip_limit)"
+)
+MATTERS_TO_PLATEAU = re.compile(r"\w+\.(eval_every|eval_tokens)")  # and to patience: both count evaluations
+
+
+def starting_point(cfg: Config) -> Path | None:
+    """The checkpoint to resume from: the one that run.resume names, else the newest whole one; None: start anew."""
+    run, resume = Path(cfg.run.dir), cfg.run.resume
+    if resume not in ("auto", "never", "must"):
+        if not Path(resume).is_dir() or (Path(resume) / "checkpoints").is_dir():
+            raise ResumeError(f"run.resume: expected auto, never, must or a checkpoint's folder, got {resume!r}")
+        verify(Path(resume))
+        return Path(resume)
+    if resume == "never" and cfg.run.overwrite:
+        return None
+    newest = newest_valid(run)
+    if newest is None and resume == "must":
+        raise ResumeError(f"{run}: run.resume is must, but there is no checkpoint")
+    if newest is not None and resume == "never":
+        raise ConfigError(f"{run}: run.resume is never, but {newest.name} is there (--run.overwrite deletes it)")
+    return newest
+
+
+def refuse_changes(cfg: Config, old: dict[str, Any], sections: Iterable[str]) -> dict[str, list[Any]]:
+    """Differences from the configuration `old` of the run to be resumed, {key: [old, new]}; refused unless allowed."""
+    before, after = ({name: values[name] for name in sections} for values in (old, asdict(cfg)))
+    before, after = _flatten(before), _flatten(json.loads(json.dumps(after)))  # tuples become lists, as in state.json
+    plateau = any(after.get(f"{name}.schedule") == "plateau" or after.get(f"{name}.patience") for name in sections)
+    changed = {
+        key: [before.get(key), value]
+        for key, value in after.items()
+        if value != before.get(key)
+        and (not MAY_CHANGE_ON_RESUME.fullmatch(key) or (plateau and MATTERS_TO_PLATEAU.fullmatch(key)))
+    }
+    refused = [key for key in changed if key not in cfg.run.allow_change or key.startswith(("model.", "routing."))]
+    if refused:
+        listed = ", ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in refused)
+        raise ConfigError(
+            f"{cfg.run.dir}: this run was started otherwise: {listed} (--run.dir for a new run, --run.allow_change KEY)"
+        )
+    return changed
+
+
+def _flatten(section: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in section.items():
+        flat |= _flatten(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+    return flat
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------

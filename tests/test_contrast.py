@@ -169,9 +169,9 @@ def test_p02_a_triplet_without_text_counts_nowhere_and_is_reported():
     made[2] = made[2]._replace(streams=(first, empty._replace(pooled=empty.pooled & False), last))
     out = forward(objective(gpt), made)
     fewer = forward(objective(gpt), [made[0], made[1], made[3]])
-    assert out.figures["contrast/left_out"] == 1
-    assert out.shared.item() == pytest.approx(fewer.shared.item(), rel=1e-5)
-    assert out.shared.isfinite()
+    assert out.batch_metrics["contrast/left_out"] == 1
+    assert out.batch_loss.item() == pytest.approx(fewer.batch_loss.item(), rel=1e-5)
+    assert out.batch_loss.isfinite()
 
 
 # --- one forward for all streams --------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_p01_one_packed_forward_equals_one_per_stream():
     assert float(together.metrics["loss"]) == pytest.approx(float(losses.sum()), rel=1e-6)
     assert together.total.item() == pytest.approx(float(losses @ torch.tensor([1.0, 0.5, 1.0])), rel=1e-6)
     expected = infonce(z.detach().view(6, 3, 16), torch.arange(6), torch.ones(6), 0.07)
-    assert together.shared.item() == pytest.approx(0.5 * float(expected), rel=1e-6)
+    assert together.batch_loss.item() == pytest.approx(0.5 * float(expected), rel=1e-6)
 
 
 def test_p01_rows_do_not_influence_each_other():
@@ -278,10 +278,10 @@ def test_the_dropout_of_the_first_look_is_that_of_the_second():
     what, seen = objective(gpt), []
     micros = micro_batches(TripletBatches(items(8), 256, 12)(0), 4, ALONE.device)
     torch.manual_seed(5)
-    micros = what.across(micros, what)
+    micros = what.before_step(micros, what)
     for micro in micros:
         out = what(*micro)
-        seen.append({name: float(value) for name, value in out.figures.items()})
+        seen.append({name: float(value) for name, value in out.batch_metrics.items()})
     for other in seen[1:]:
         assert other == pytest.approx(seen[0], abs=1e-5)
 
@@ -410,7 +410,7 @@ def test_c05_a_head_or_adapter_that_is_missing_or_another_is_an_error(base: Path
     finetune.main(options(base, rows, run, *LORA, "--steps=8"))
     more = (*LORA, "--steps=12", "--run.allow_change=finetune.steps")
     folder = resolve(run)
-    store = finetune.WithHead(finetune.AdapterOnly(LoraConfig(rank=4), "", ""), ProjectionHead(64, 16))
+    store = finetune.CheckpointWithHead(finetune.AdapterCheckpoint(LoraConfig(rank=4), "", ""), ProjectionHead(64, 16))
     kept = (folder / HEAD).read_bytes()
     (folder / HEAD).unlink()
     with pytest.raises(train.ResumeError, match=f"expected {HEAD}"):
@@ -453,20 +453,22 @@ def test_p05_one_name_is_one_formula_in_training_and_validation(base: Path, rows
     with torch.no_grad():
         out = trainer.objective(*micro)
     loss = evaluate.evaluate(trainer.model, trainer.windows, trainer.bytes_of, ALONE, nullcontext())
-    result = loss | trainer.exam(trainer)
+    result = loss | trainer.evaluator(trainer)
     assert float(out.metrics["loss"] / out.weight) == pytest.approx(result["loss"], rel=1e-5)
     shared = {name for name in result if name.startswith("contrast/")}
-    assert shared == set(out.figures)
+    assert shared == set(out.batch_metrics)
     for name in shared:
-        assert float(out.figures[name]) == pytest.approx(result[name], rel=1e-4, abs=1e-5), name
+        assert float(out.batch_metrics[name]) == pytest.approx(result[name], rel=1e-4, abs=1e-5), name
 
 
 def test_the_best_checkpoint_withstands_most_among_those_that_are_still_useful():
-    exam = object.__new__(finetune.Withstanding)
-    exam.floor = 0.79
+    evaluator = object.__new__(finetune.InjectionEvaluator)
+    evaluator.floor = 0.79
 
     def rank(attack: float, utility: float, loss: float = 1.0, stability: float = 0.0) -> list[float]:
-        return exam.rank({"attack_success": attack, "utility": utility, "loss": loss, "contrast/stability": stability})
+        return evaluator.sort_key(
+            {"attack_success": attack, "utility": utility, "loss": loss, "contrast/stability": stability}
+        )
 
     assert rank(0.1, 0.80) < rank(0.2, 0.90)
     assert rank(0.9, 0.79) < rank(0.0, 0.78)  # a model that answers nothing withstands everything

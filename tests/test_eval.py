@@ -187,7 +187,7 @@ def test_it_is_the_loss_of_transformers_on_the_same_rows(corpus: Path, run: Path
 
     result = evaluated(run, corpus, tmp_path / "out.json")
     cfg = load_config(runs.options(corpus, run), "train")
-    prepared = train.prepare(cfg.data, cfg.model.vocab_size, progress=False)
+    prepared = train.corpus.prepare(cfg.data, cfg.model.vocab_size, progress=False)
     windows = eval_windows(prepared.val, 32, 1024)
     reference = transformers.AutoModelForCausalLM.from_pretrained(resolve(run), dtype=torch.float32).eval()
     nats, sizes, counts = [], [], []
@@ -310,7 +310,7 @@ def test_a_folder_that_no_run_has_written_is_measured_on_what_is_held_out_of_dat
     more = (f"--data.train={corpus}", "--data.val_fraction=0.2")
     result = evaluated(folder, corpus, tmp_path / "out.json", *more, "--seq_len=32", "--limit=32")
     cfg = load_config(runs.options(corpus, tmp_path / "run"), "train")
-    prepared = train.prepare(cfg.data, cfg.model.vocab_size, progress=False)
+    prepared = train.corpus.prepare(cfg.data, cfg.model.vocab_size, progress=False)
     windows = eval_windows(prepared.val, 32, 1024)
     model, _ = load_model(folder)
     expected = evaluate(model, windows, token_bytes(BYTES), ALONE, torch.no_grad())

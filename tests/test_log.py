@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from data import Batch, micro_batches
 from model import flops_per_token
-from nanoqwen import log
+from nanoqwen import log, optim
 from nanoqwen.config import Config, load_config
 from nanoqwen.distributed import World
 from nanoqwen.errors import NonFiniteError
@@ -102,7 +102,7 @@ def test_t13_a_step_asks_the_device_nothing(tmp_path: Path):
     """Each `.item()` makes a GPU wait for the program. One per step cost a tenth of the speed and nobody saw it."""
     model = tiny.model().train()
     cfg = config().train
-    optimizers = train.Optimizers(train.parameter_groups(model, cfg), cfg)
+    optimizers = optim.Optimizers(optim.parameter_groups(model, cfg), cfg)
     ids = torch.randint(97, (4, 17))
     micros = micro_batches(Batch(ids[:, :-1], ids[:, 1:], None), 2, ALONE.device)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

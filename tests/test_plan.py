@@ -17,9 +17,8 @@ import tiny
 import torch
 
 import bench
-import train
 from model import GPT, KVCache, ModelConfig
-from nanoqwen import plan
+from nanoqwen import optim, plan
 from nanoqwen.config import load_config
 from nanoqwen.distributed import World
 from nanoqwen.errors import ConfigError
@@ -37,7 +36,7 @@ def test_weights_gradients_and_state_are_counted_to_the_byte(optimizer: str, ran
     cfg = replace(load_config([], "train").train, optimizer=optimizer, seq_len=16, batch_tokens=64)
     model = tiny.model().train()
     apply_lora(model, LoraConfig(rank=rank))
-    optimizers = train.Optimizers(train.parameter_groups(model, cfg), cfg)
+    optimizers = optim.Optimizers(optim.parameter_groups(model, cfg), cfg)
     ids = torch.randint(97, (4, 17))
     model(ids[:, :-1], ids[:, 1:]).loss.backward()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -84,7 +83,7 @@ import torch
 from contextlib import nullcontext
 from pathlib import Path
 import finetune, train
-from nanoqwen import plan
+from nanoqwen import optim, plan
 from nanoqwen.config import FinetuneConfig
 from nanoqwen.injection.contrast import ProjectionHead
 from data import micro_batches
@@ -103,7 +102,7 @@ def step(hidden, layers, vocab, rows, width, rank):
     apply_lora(model, LoraConfig(rank=rank))
     head, loop = ProjectionHead(hidden, 256), FinetuneConfig(seq_len=width, batch_tokens=rows * width)
     objective = finetune.Contrast(model, head, ContrastConfig(), {{}}, ALONE)
-    optimizers = train.Optimizers(train.parameter_groups(model, loop, head), loop)
+    optimizers = optim.Optimizers(optim.parameter_groups(model, loop, head), loop)
     tokens = torch.randint(vocab, (rows, width))
     stream = (torch.arange(rows * width) * 3 * GROUPS // (rows * width)).view(rows, width)
     targets = torch.where(torch.arange(width) % 10 == 0, tokens, IGNORE)
@@ -111,7 +110,7 @@ def step(hidden, layers, vocab, rows, width, rank):
     for _ in range(2):
         train.train_step(objective, optimizers, micro_batches(batch, rows, ALONE.device), ALONE, clip=1.0,
                          scaler=torch.amp.GradScaler("cpu", enabled=False), autocast=nullcontext())
-    estimate = plan.memory_estimate(model, loop, rows, head=head, targets=0.1, isolated=True)
+    estimate = plan.memory_estimate(model, loop, rows, plan.Forward(torch.float32, head, 0.1, isolated=True))
     return sum(estimate.values())
 
 step(64, 2, 300, 2, 32, 0)
@@ -138,7 +137,7 @@ def test_q02_the_estimate_is_within_15_per_cent_of_the_peak_of_a_contrast_step(s
 def test_three_streams_and_the_head_are_counted():
     cfg, model, head = load_config([], "finetune").finetune, tiny.model(), ProjectionHead(32, 16)
     plain = plan.memory_estimate(model, cfg, 4)
-    found = plan.memory_estimate(model, cfg, 4, head=head, targets=0.1, isolated=True)
+    found = plan.memory_estimate(model, cfg, 4, plan.Forward(torch.float32, head, 0.1, isolated=True))
     extra = 4 * sum(p.numel() for p in head.parameters())
     assert found["weights"] == plain["weights"] + extra
     assert found["optimizer"] == plain["optimizer"] + 2 * extra
@@ -178,7 +177,7 @@ def kept_by_forward(
         loss = model(ids, ids).loss
     assert loss.requires_grad  # held, or what it keeps would be gone
     cfg = replace(load_config([], "train").train, seq_len=width, batch_tokens=rows * width, **loop)
-    parts = plan.memory_estimate(model, cfg, rows, dtype=dtype)
+    parts = plan.memory_estimate(model, cfg, rows, plan.Forward(dtype))
     # Of logits, softmax and gradient one is there after the forward.
     return sum(s.nbytes() for s in kept.values()), parts["activations"] + parts["copies"] + parts["logits"] / 3
 

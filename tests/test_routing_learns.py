@@ -13,6 +13,7 @@ from torch import Tensor
 import train
 from data import Batch
 from model import GPT, ModelConfig
+from nanoqwen import optim
 from nanoqwen.config import load_config
 from nanoqwen.distributed import World
 from nanoqwen.routing import RoutingConfig, build_model, mean_stats, penalty_weights, routed_by
@@ -43,7 +44,7 @@ def trained(kind: str, seed: int, steps: int, **more) -> GPT:
     shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     gpt = build_model(ModelConfig(vocab_size=256, hidden_size=64, intermediate_size=128, **shape), routing).train()
     objective = train.LanguageModeling(gpt, penalty_weights(routing))
-    optimizers = train.Optimizers(train.parameter_groups(gpt, cfg), cfg, routing)
+    optimizers = optim.Optimizers(optim.parameter_groups(gpt, cfg), cfg, routing)
     how = {"clip": 1.0, "scaler": torch.amp.GradScaler("cpu", enabled=False), "autocast": nullcontext()}
     for step in range(steps):
         ids = rows(data, ROWS, generator)

@@ -27,7 +27,7 @@ from checkpoint import main as checkpoint_main
 from data import Batch, micro_batches
 from finetune import with_routers
 from model import GPT, IGNORE, ModelConfig
-from nanoqwen import evaluate, plan
+from nanoqwen import evaluate, optim, plan
 from nanoqwen.config import load_config
 from nanoqwen.distributed import World
 from nanoqwen.errors import ConfigError
@@ -103,8 +103,8 @@ def test_loss_and_gradients_do_not_depend_on_how_a_batch_is_cut(kind: str, share
 @each_kind
 def test_inv_27_the_total_is_the_text_loss_and_the_weighted_penalties(kind: str):
     target = objective(kind)
-    optimizers = train.Optimizers(
-        train.parameter_groups(target.model, load_config([], "train").train),
+    optimizers = optim.Optimizers(
+        optim.parameter_groups(target.model, load_config([], "train").train),
         load_config([], "train").train,
         target.model.routing,
     )
@@ -154,12 +154,12 @@ def test_every_parameter_has_a_gradient_so_that_no_rank_waits_for_one(kind: str,
 @each_kind
 def test_routers_have_groups_and_rates_of_their_own(kind: str):
     cfg, gpt = load_config([], "train").train, model(kind, prior_lr=2e-3, mod_lr=3e-3)
-    groups = train.parameter_groups(gpt, cfg)
+    groups = optim.parameter_groups(gpt, cfg)
     named = [name for members in groups.values() for name in members]
     assert sorted(named) == sorted(name for name, _ in gpt.named_parameters())
     expected = {"mod": {"mod"}, "dtf": {"prior", "prior_norm", "surprise"}, "tdtf": {"prior", "prior_norm", "surprise"}}
     assert set(groups) == {"decay", "plain", "causal"} | expected[kind]
-    optimizers = train.Optimizers(groups, cfg, gpt.routing)
+    optimizers = optim.Optimizers(groups, cfg, gpt.routing)
     optimizers.set_rate(cfg.lr / 2)
     rates = {"decay": cfg.lr, "plain": cfg.lr, "causal": 1e-3, "surprise": 1e-2, "prior": 2e-3, "prior_norm": 2e-3}
     rates["mod"] = 3e-3
@@ -250,7 +250,7 @@ def test_a_run_goes_on_bit_for_bit(done: tuple[str, Path], corpus: Path, starter
         if step > 8:
             shutil.rmtree(runs.at(other, step))
     resumed = starter.run(*options(corpus, other, kind, "--run.keep=99", *schedules(kind)))
-    assert "going on from" in resumed.stderr
+    assert "resuming from" in resumed.stderr
     assert verify(other) == verify(run)
     assert [row["loss"] for row in runs.rows(other)] == [row["loss"] for row in runs.rows(run)]
 

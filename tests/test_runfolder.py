@@ -162,7 +162,7 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path, tokenizer: Tokenizer):
             tensor.contiguous().view(-1).view(torch.uint8).tolist()
         ), name
     assert {key: read[key] for key in state} == state
-    assert (read["format"], read["step"], read["tokenizer_hash"]) == (1, 3, tokenizer.hash)
+    assert (read["format"], read["step"], read["tokenizer_hash"]) == (2, 3, tokenizer.hash)
     assert read["versions"]["torch"] == torch.__version__
 
 
@@ -365,7 +365,7 @@ def edit(folder: Path, **changes) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(0, "older version"), (2, "newer version"), (..., "got none"), ("1", "got '1'"), (True, "got True")],
+    [(1, "older version"), (3, "newer version"), (..., "got none"), ("1", "got '1'"), (True, "got True")],
 )
 def test_c6_another_format_stops_even_beside_an_older_checkpoint(run: Path, value: object, message: str):
     edit(at(run, 10), format=value)

@@ -104,7 +104,7 @@ class Killer:
                 started.signal(signal.SIGKILL)
             code = started.wait()
             if before > SAVE_EVERY:  # of itself; and killed after its last save it is complete
-                assert re.search("going on from|is complete", started.stderr) or code, started.stderr
+                assert re.search("resuming from|is complete", started.stderr) or code, started.stderr
             if code == 0:
                 return
             assert code == -signal.SIGKILL, started.stderr
@@ -1176,7 +1176,7 @@ def test_a_run_is_wound_back(starter: Starter, corpus: Path, halfway: Path, refe
     """To a checkpoint that is named, though newer ones lie there: the steps after it come again, and are told once."""
     run = shutil.copytree(halfway, tmp_path / "run")
     said = starter.run(*options(corpus, run, f"--run.resume={at(run, 8)}")).stderr
-    assert f"going on from {at(run, 8)}" in said
+    assert f"resuming from {at(run, 8)}" in said
     assert_same_run(run, reference)
 
 

@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -15,17 +17,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import Starter, killed_at, metrics, options, script, torchrun
+from runs import ROOT, Starter, killed_at, metrics, options, script, torchrun
 from torch import nn
 
 import train
 from data import Batch, micro_batches
 from model import IGNORE, KVCache
+from nanoqwen import optim, runfolder
 from nanoqwen.config import TrainConfig, load_config
 from nanoqwen.distributed import World
-from nanoqwen.errors import ConfigError
+from nanoqwen.errors import ConfigError, ResumeError
 from nanoqwen.lora import LoraConfig, apply_lora, lora_state
-from nanoqwen.runfolder import verify
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 T = 16
@@ -99,12 +101,12 @@ def test_penalties_are_weighed_once():
         assert (a - p.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-9
 
 
-def optimizers(model: nn.Module, **changes) -> train.Optimizers:
+def optimizers(model: nn.Module, **changes) -> optim.Optimizers:
     cfg = replace(TrainConfig(), **changes)
-    return train.Optimizers(train.parameter_groups(model, cfg), cfg)
+    return optim.Optimizers(optim.parameter_groups(model, cfg), cfg)
 
 
-def step_of(model: nn.Module, members: train.Optimizers, data: Batch) -> dict[str, torch.Tensor]:
+def step_of(model: nn.Module, members: optim.Optimizers, data: Batch) -> dict[str, torch.Tensor]:
     return train.train_step(
         train.LanguageModeling(model, {}),
         members,
@@ -191,7 +193,7 @@ SCHEDULES = ["cosine", "wsd", "linear", "constant"]
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_l8_t04_schedules_rise_to_the_rate_and_end_at_the_floor(schedule: str):
     cfg = TrainConfig(steps=100, warmup_steps=10, schedule=schedule, lr=2e-3, floor=0.1)
-    rates = [train.lr_at(step, cfg) for step in range(100)]
+    rates = [optim.lr_at(step, cfg) for step in range(100)]
     assert rates[:10] == pytest.approx([2e-3 * (i + 1) / 10 for i in range(10)])
     assert max(rates) == pytest.approx(2e-3)
     assert rates[-1] == pytest.approx(2e-3 if schedule == "constant" else 2e-4)
@@ -203,17 +205,17 @@ def test_l8_t04_schedules_rise_to_the_rate_and_end_at_the_floor(schedule: str):
 def test_s01_plateau_is_the_rule_of_torch():
     """Oracle: torch's ReduceLROnPlateau with the same factor, patience, threshold and cooldown."""
     cfg = TrainConfig(schedule="plateau", plateau_cooldown=1, floor=0.0)
-    ours = train.Plateau(cfg)
+    ours = optim.Plateau(cfg)
     theirs_optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
         theirs_optimizer, factor=0.5, patience=2, threshold=1e-3, cooldown=1, eps=0
     )
     rng = torch.Generator().manual_seed(0)
     for loss in (1 + torch.rand(60, generator=rng) * 0.2).tolist():
-        ours.see(loss)
+        ours.update(loss)
         theirs.step(loss)
         assert ours.scale == theirs_optimizer.param_groups[0]["lr"]
-    again = train.Plateau(cfg)
+    again = optim.Plateau(cfg)
     again.load(json.loads(json.dumps(ours.state())))
     assert vars(again) == vars(ours)
 
@@ -249,7 +251,7 @@ def test_a6_sigterm_saves_and_leaves_with_75(starter: Starter, corpus: Path, ref
     assert time.monotonic() - started < 60
     assert json.loads((run / "status.json").read_text())["status"] == "preempted"
     train.main(options(corpus, run))
-    assert verify(run) == verify(reference)
+    assert runfolder.verify(run) == runfolder.verify(reference)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,7 @@ def test_a2_other_modes_go_on_bitwise(starter: Starter, corpus: Path, tmp_path: 
     arguments = options(corpus, stopped, *more)
     assert killed_at(starter, stopped, 10, signal.SIGKILL, arguments).wait() == -signal.SIGKILL
     train.main(arguments)
-    assert verify(straight) == verify(stopped)
+    assert runfolder.verify(straight) == runfolder.verify(stopped)
 
 
 def test_a12_evaluation_and_samples_do_not_disturb(corpus: Path, reference: Path, tmp_path: Path):
@@ -269,7 +271,7 @@ def test_a12_evaluation_and_samples_do_not_disturb(corpus: Path, reference: Path
     digests = set()
     for name, every in (("often", 3), ("never", 1000)):
         train.main(options(corpus, tmp_path / name, f"--train.eval_every={every}", "--train.schedule=cosine"))
-        digests.add(verify(tmp_path / name))
+        digests.add(runfolder.verify(tmp_path / name))
     assert len(digests) == 1
 
 
@@ -279,11 +281,11 @@ def test_h2_h3_a_continued_run_is_the_same_run(corpus: Path, reference: Path, ca
         ("--train.lr=1e-4", "train.lr 0.003 -> 0.0001"),
         ("--run.seed=5", "run.seed 1337 -> 5"),
     ):
-        with pytest.raises(train.ConfigError) as refusal:
+        with pytest.raises(ConfigError) as refusal:
             train.main(options(corpus, reference, change))
         assert said in str(refusal.value)
     train.main(options(corpus, reference, "--run.keep=5"))  # harmless
-    with pytest.raises(train.ResumeError, match="a checkpoint's folder"):
+    with pytest.raises(ResumeError, match="a checkpoint's folder"):
         train.main(options(corpus, reference, f"--run.resume={reference}"))  # once looked for a state.json in it
 
 
@@ -293,21 +295,11 @@ def test_h3_evaluations_are_not_harmless_where_something_listens_to_them(rule: d
     cfg = load_config([], "train")
     old = json.loads(json.dumps(asdict(replace(cfg, train=replace(cfg.train, **rule)))))
     now = replace(cfg, train=replace(cfg.train, **rule, eval_every=7))
-    with pytest.raises(train.ConfigError, match=r"train\.eval_every 400 -> 7"):
-        train.refuse_changes(now, old, train.SECTIONS)
+    with pytest.raises(ConfigError, match=r"train\.eval_every 400 -> 7"):
+        runfolder.refuse_changes(now, old, train.SECTIONS)
     deaf = {"schedule": "cosine", "patience": 0}
     old["train"] |= deaf
-    assert not train.refuse_changes(replace(now, train=replace(now.train, **deaf)), old, train.SECTIONS)
-
-
-def test_a_run_that_is_older_than_a_key_goes_on_with_its_default():
-    """Every new section of the configuration once ended all runs that were under way."""
-    cfg = load_config([], "train")
-    old = json.loads(json.dumps(asdict(cfg)))
-    del old["routing"], old["train"]["patience"]
-    assert not train.refuse_changes(cfg, old, train.SECTIONS)
-    with pytest.raises(ConfigError, match=r"routing\.kind 'dense' -> 'mod'"):
-        train.refuse_changes(load_config(["--routing.kind=mod"], "train"), old, train.SECTIONS)
+    assert not runfolder.refuse_changes(replace(now, train=replace(now.train, **deaf)), old, train.SECTIONS)
 
 
 def allowed(*keys: str) -> list[str]:
@@ -324,14 +316,14 @@ def test_h4_other_data_may_be_allowed_another_tokenizer_never(corpus: Path, tmp_
     for number in range(20):
         (other / f"{number}.txt").write_text(f"something else, number {number}, altogether; " * 20)
     then = [f"--data.train={other}" if word.startswith("--data.train=") else word for word in then]
-    with pytest.raises(train.ResumeError, match="the tokenizer has changed"):
+    with pytest.raises(ResumeError, match="the tokenizer has changed"):
         train.main([*then, *allowed("data", "data.train", "train.steps")])
 
 
 def test_a_stream_cannot_go_on_where_nothing_was_streamed(corpus: Path, tmp_path: Path):
     train.main(options(corpus, tmp_path / "run", "--train.steps=4"))
     more = options(corpus, tmp_path / "run", "--train.steps=6", "--data.streaming=true")
-    with pytest.raises(train.ResumeError, match="was not streamed"):
+    with pytest.raises(ResumeError, match="was not streamed"):
         train.main([*more, *allowed("data", "data.streaming", "train.steps")])
 
 
@@ -342,6 +334,14 @@ def test_fewer_steps_than_are_done_and_no_evaluation(corpus: Path, tmp_path: Pat
     shutil.rmtree(run / "checkpoints" / "step-00000009")
     train.main([*options(corpus, run, "--train.steps=6", "--train.eval_every=100"), *allowed("train.steps")])
     assert "not evaluated" in capfd.readouterr().err
+
+
+def test_a_start_loads_nothing_that_only_other_runs_need():
+    """torch.distributed.fsdp alone once took as long as half of torch, on every start and every --help."""
+    unwanted = ("nanoqwen.injection", "nanoqwen.share", "nanoqwen.report", "nanoqwen.harness", "torch.distributed.fsdp")
+    program = f"import sys, train; sys.exit(', '.join(m for m in sys.modules if m.startswith({unwanted})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert not done.stderr.strip(), done.stderr
 
 
 def test_a_mistake_is_one_line(corpus: Path, tmp_path: Path):
@@ -412,14 +412,3 @@ def test_f10_the_losses_of_a_known_run(corpus: Path, tmp_path: Path):
         pytest.skip(f"the known losses are of {' and of '.join(golden)}, this is {here}: {tmp_path / 'golden.json'}")
     worst = max(abs(losses[step] - loss) for step, loss in golden[here].items())
     assert worst <= 1e-6, f"found other losses: {tmp_path / 'golden.json'}"
-
-
-def test_the_best_evaluation_of_an_older_run_stays_the_best():
-    """Its state has no rank, which came with objectives that go by more than the loss."""
-    progress = train.Progress(TrainConfig(), lambda result: [result["loss"]])
-    state = progress.state() | {"best": {"step": 4, "loss": 1.0}}
-    progress.load(state)
-    progress.see({"loss": 2.0})
-    assert progress.best["step"] == 4
-    progress.see({"loss": 0.5})
-    assert progress.best["loss"] == 0.5
