@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-from data import Batch, Micro, StreamBatches, micro_batches, token_bytes
+from data import Batch, Batches, Micro, StreamBatches, micro_batches, token_bytes
 from model import GPT, IGNORE, Output, generate
 from nanoqwen import corpus, distributed, evaluate, optim, plan, routing, runfolder, weights
 from nanoqwen.config import Config, TrainConfig, check, dump, load_config
@@ -36,8 +36,6 @@ from nanoqwen.errors import PREEMPTED, ResumeError, escape_terminal, exit_code_o
 from nanoqwen.files import write_atomic
 from nanoqwen.log import MetricLog, Peak, Speed, peak_of
 from nanoqwen.tokenizer import Tokenizer, pieces_of
-
-Batches = data.PretrainBatches | StreamBatches | data.ChatBatches
 
 # --- what is minimised ------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,39 @@ def test_every_import_goes_to_the_left(module: str):
         assert not {name for name in others if name.count(".") > 1}, "only scripts import the wings"
 
 
+def test_only_scripts_have_a_main():
+    """And the two files that are a command beside it."""
+    with_main = {name for name in MODULES if any(getattr(node, "name", "") == "main" for node in tree(name).body)}
+    assert with_main == {*SCRIPTS, "data", "nanoqwen.report"}
+
+
+def test_the_model_knows_nothing_of_routing_but_the_protocol():
+    text = (ROOT / "model.py").read_text(encoding="utf-8")
+    assert not re.findall(r"RoutedCache|RoutedPlace|mod\b|dtf|surprise|capacity|import nanoqwen", text)
+
+
+# What a run needs at its end, or never, is not loaded with its start.
+LATE = ("nanoqwen.injection", "nanoqwen.share", "nanoqwen.report", "nanoqwen.harness", "torch.distributed.fsdp")
+LATE_CODE = f"import sys, train; print([name for name in sys.modules if name.startswith({LATE!r})])"
+
+
+def test_importing_train_loads_no_wing_report_or_harness():
+    done = subprocess.run([sys.executable, "-c", LATE_CODE], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
+
+
+LONGEST_FILE, LONGEST_MODEL, LONGEST_FUNCTION = 930, 1300, 60  # lines
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_are_short_enough_to_read(module: str):
+    lines = len((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8").splitlines())
+    assert lines <= (LONGEST_MODEL if module == "model" else LONGEST_FILE)
+    functions = [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= LONGEST_FUNCTION}
+    assert not long
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_heavy_optional_libraries_are_imported_where_they_are_used(module: str):
     at_top = [node for node in tree(module).body if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -42,9 +42,9 @@ from nanoqwen.lora import (
     to_peft_name,
     without_lora,
 )
+from nanoqwen.optim import parameter_groups
 from nanoqwen.tokenizer import load_tokenizer
 from nanoqwen.weights import CheckpointError, export, hash_weights, load_model, read_adapter, write_adapter
-from train import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
