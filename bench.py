@@ -41,7 +41,7 @@ from nanoqwen.distributed import World, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, run_script
 from nanoqwen.lora import apply_lora
 from nanoqwen.optim import Optimizers, parameter_groups
-from nanoqwen.routing import RoutingConfig, build_model, penalty_weights, routed_by
+from nanoqwen.routing import RoutingConfig, build_model, penalty_weights, routing_mode
 from nanoqwen.routing import flops_per_token as routed_flops
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import export, load_model
@@ -362,7 +362,7 @@ def routing_rows(
 @torch.no_grad()
 def calibrate_on_noise(model: GPT, length: int) -> None:
     """Set causal thresholds on random tokens, so that random weights compute as many tokens as the capacity says."""
-    with routed_by(model, "calibrate"):
+    with routing_mode(model, "calibrate"):
         model(random_ids(model, 1, length), length=length + NEW_TOKENS)
 
 

@@ -26,7 +26,7 @@ from nanoqwen.files import disk_errors
 from nanoqwen.gguf import write_gguf
 from nanoqwen.hf_format import OWN_TYPE, model_type
 from nanoqwen.runfolder import verify
-from nanoqwen.share.card import AUTOTOKENIZER_NOTE, auto_reads, card
+from nanoqwen.share.card import AUTOTOKENIZER_NOTE, autotokenizer_fits, model_card
 from nanoqwen.share.hub import check_repository, plan_upload, push
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import export, export_adapter, is_adapter, load_model, read_adapter, resolve
@@ -199,7 +199,7 @@ def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
         adapter = adapter._replace(base=args.base or adapter.base)
 
         def describe(model: GPT, tokenizer: Tokenizer | None) -> str:
-            return card(name, source, model, tokenizer, dtype, adapter, apart=True)
+            return model_card(name, source, model, tokenizer, dtype, adapter, apart=True)
 
         export_adapter(source, args.folder, dtype, base=args.base, describe=describe)
         print(f"wrote {args.folder}: PeftModel.from_pretrained(base, {args.folder!r}) loads it")
@@ -211,13 +211,13 @@ def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
         if model.routing:
             reason = f"its {len(model.routers)} routed layers would compute all tokens there, which is another model"
         raise ConfigError(f"--hf: {source} cannot be a Hugging Face model: {reason}")
-    text = card(name, source, model, tokenizer, dtype, adapter)
+    text = model_card(name, source, model, tokenizer, dtype, adapter)
     export(model, tokenizer, args.folder, dtype, shard_bytes=args.shard_size, card=text)
     if own:
         print(f"wrote {args.folder}: transformers has no class for this shape; load_model loads it")
     else:
         print(f"wrote {args.folder}: AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it")
-        if tokenizer is not None and not auto_reads(model, tokenizer):
+        if tokenizer is not None and not autotokenizer_fits(model, tokenizer):
             print(f"note: {AUTOTOKENIZER_NOTE}")
 
 

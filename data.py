@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoqwen.chat import Example, packed
+from nanoqwen.chat import Example, pack_lengths
 from nanoqwen.config import DataConfig, load_config
 from nanoqwen.corpus import (
     Input,
@@ -400,7 +400,7 @@ class ChatBatches(Batches):
         self.examples, self.seq_len, self.rows, self.seed = examples, seq_len, rows, seed
         self.lengths = np.array([len(example.ids) for example in examples])
         ascending = np.sort(self.lengths).tolist()
-        self.slots = packed(ascending, seq_len) if pack else [[index] for index in range(len(ascending))]
+        self.slots = pack_lengths(ascending, seq_len) if pack else [[index] for index in range(len(ascending))]
         self.steps_per_epoch = math.ceil(len(self.slots) / rows)
         self.padding = 1 - sum(ascending) / (len(self.slots) * seq_len)
         self.targets = sum(int(example.mask.sum()) for example in examples) / (len(self.slots) * seq_len)
@@ -471,7 +471,7 @@ def eval_windows(
 
 def chat_windows(examples: Sequence[Example], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
     """Rows of packed conversations."""
-    slots = packed([len(example.ids) for example in examples], seq_len)
+    slots = pack_lengths([len(example.ids) for example in examples], seq_len)
     if not slots:
         raise DataError("chat.val: nothing to validate on, there are no conversations")
     chosen = [[examples[index] for index in slot] for slot in evenly_spaced(slots, seq_len, max_tokens)]

@@ -32,18 +32,18 @@ from nanoqwen.distributed import ranks
 from nanoqwen.errors import ConfigError, DataError, escape_terminal, run_script
 from nanoqwen.evaluate import (
     Estimate,
-    Finished,
+    LoadedModel,
     Measured,
-    figures_file,
+    evaluate_with_errors,
     json_text,
-    measure_finished,
-    open_finished,
-    recorded,
+    load_for_eval,
+    recorded_config,
+    results_file,
     run_of,
     section,
 )
 from nanoqwen.files import read_json, write_atomic
-from nanoqwen.harness import ask_tasks, record_of
+from nanoqwen.harness import record_of, run_tasks
 from nanoqwen.injection.suite import injection_suite
 from nanoqwen.injection.triplets import prepare_triplets, row_width, triplet_windows
 
@@ -61,9 +61,9 @@ class Text(NamedTuple):
     seq_len: int
 
 
-def text_of(cfg: Config, loaded: Finished) -> Text:
+def text_of(cfg: Config, loaded: LoadedModel) -> Text:
     """The text of eval.data; else the validation data of the run that wrote the model; else that of `data`."""
-    run = recorded(loaded.folder)
+    run = recorded_config(loaded.folder)
     finetuned = bool(run.get("finetune", {}).get("base_ckpt"))
     loop = section(run, "finetune", FinetuneConfig) if finetuned else section(run, "train", TrainConfig)
     context, limit = loaded.model.cfg.context, cfg.eval.limit
@@ -106,7 +106,7 @@ def trained_on(folder: Path) -> str | None:
 
 
 def conversations(
-    loaded: Finished, run: dict[str, dict[str, Any]], loop: FinetuneConfig, max_tokens: int, rows: int
+    loaded: LoadedModel, run: dict[str, dict[str, Any]], loop: FinetuneConfig, max_tokens: int, rows: int
 ) -> Text:
     """The validation data of a fine-tuned model: only answers are predicted, each after its conversation."""
     source, seq_len = f"validation data of {run_of(loaded.folder) or loaded.folder}", loop.seq_len
@@ -119,10 +119,10 @@ def conversations(
 
 
 def heldout_suite(cfg: Config) -> None:
-    loaded = open_finished(cfg)
-    output = figures_file(cfg, loaded.folder, "heldout.json")
+    loaded = load_for_eval(cfg)
+    output = results_file(cfg, loaded.folder, "heldout.json")
     text = text_of(cfg, loaded)
-    results = measure_finished(loaded, text.windows, cfg.eval.calibrate)
+    results = evaluate_with_errors(loaded, text.windows, cfg.eval.calibrate)
     print(escape_terminal(heldout_table(results, text)))
     settings = {"suite": "heldout", "data": text.source, "seq_len": text.seq_len, "calibrated": cfg.eval.calibrate}
     settings["isolate_documents"] = text.windows[0].documents is not None
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> None:
     if ranks() > 1:
         raise ConfigError(f"eval.py: expected one process, got {ranks()} of torchrun")
     evaluations = [SUITES[cfg.eval.suite]] if cfg.eval.suite else []
-    evaluations += [ask_tasks] if cfg.eval.tasks else []
+    evaluations += [run_tasks] if cfg.eval.tasks else []
     if len(evaluations) > 1 and cfg.eval.output:
         raise ConfigError("eval.output: expected one of suite and tasks, got both, each with a file of its own")
     for evaluation in evaluations or [heldout_suite]:

@@ -33,16 +33,16 @@ from nanoqwen.config import Config, ContrastConfig, FinetuneConfig, check, check
 from nanoqwen.corpus import prepare
 from nanoqwen.distributed import World, all_reduce_sum, full_tensor, main_rank_first, ranks, start, stop, unwrap_model
 from nanoqwen.errors import ConfigError, DataError, ResumeError, run_script, say
-from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, figures, infonce, represent
-from nanoqwen.injection.score import INJECTED, Score, calibrate, examine, represented, score, unmeasurable
+from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, contrast_metrics, infonce, represent
+from nanoqwen.injection.score import INJECTED, Score, check_detectors, examine, representations, score, why_unmeasurable
 from nanoqwen.injection.triplets import (
     Tokenised,
     TripletBatches,
     check_triplets,
+    fixed_sample,
     numbered,
     prepare_triplets,
     row_width,
-    spread,
     triplet_windows,
 )
 from nanoqwen.log import Peak
@@ -254,7 +254,7 @@ class Contrast(LanguageModeling):
             z, present = torch.where(present[:, None] > 0, z, others[0]), others[1]
         z, complete = z.unflatten(0, (-1, 3)), present.unflatten(0, (-1, 3)).amin(1)
         loss = self.loss(z, groups, complete)
-        batch_metrics = figures(z.detach(), groups, complete) | {"contrast/loss": loss.detach()}
+        batch_metrics = contrast_metrics(z.detach(), groups, complete) | {"contrast/loss": loss.detach()}
         total, metrics = self.penalised(out, targets)
         metrics = {"loss": out.unweighted.detach(), "task": out.loss.detach()} | metrics
         return StepLoss(total, out.weight, metrics, self.weight * loss, batch_metrics)
@@ -268,18 +268,18 @@ class InjectionEvaluator(Evaluator):
     """
 
     def __init__(self, cfg: ContrastConfig, items: list[Tokenised], model: GPT, tokenizer: Tokenizer):
-        self.items, self.answer_tokens = spread(items, cfg.eval_rows), cfg.answer_tokens
+        self.items, self.answer_tokens = fixed_sample(items, cfg.eval_rows), cfg.answer_tokens
         self._check_detectors()
         self.floor = self._score(model, tokenizer).utility.value - UTILITY_TOLERANCE
         utility = self.floor + UTILITY_TOLERANCE
         say(f"base       answers {utility:.1%} of {len(self.items)} benign validation requests exactly")
 
     def _check_detectors(self) -> None:
-        rows = [item.row for item in self.items if not unmeasurable(item.row)]
+        rows = [item.row for item in self.items if not why_unmeasurable(item.row)]
         if len(rows) < len(self.items):
             say(f"note: {len(self.items) - len(rows)} of {len(self.items)} validation triplets do not say what an "
                 "attack is after (attack.canary): whether it succeeds is not measured there")  # fmt: skip
-        if rows and not (calibration := calibrate(rows)).sound:
+        if rows and not (calibration := check_detectors(rows)).sound:
             raise DataError(f"contrast.val: the detectors cannot be trusted on these rows: {calibration}")
 
     def _score(self, model: GPT, tokenizer: Tokenizer) -> Score:
@@ -305,11 +305,11 @@ class InjectionEvaluator(Evaluator):
         was_training = trainer.model.training
         trainer.model.eval()
         with trainer.autocast:
-            z, present = represented(trainer.model, head, self.items)
+            z, present = representations(trainer.model, head, self.items)
         trainer.model.train(was_training)
         groups = torch.tensor(numbered(item.row.group for item in self.items), device=z.device)
         complete = present.float().amin(1)
-        metrics = figures(z, groups, complete) | {"contrast/loss": objective.loss(z, groups, complete)}
+        metrics = contrast_metrics(z, groups, complete) | {"contrast/loss": objective.loss(z, groups, complete)}
         return {name: float(value) for name, value in metrics.items()}
 
     def sort_key(self, result: dict[str, float]) -> list[float]:

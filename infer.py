@@ -22,7 +22,7 @@ from nanoqwen.chat import render_chat
 from nanoqwen.config import Config, check, load_config
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, escape_terminal, run_script, say
-from nanoqwen.routing import tokens_used
+from nanoqwen.routing import layers_per_token
 from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of
 from nanoqwen.weights import CheckpointError, checkpoint_files, load_model
 
@@ -153,7 +153,7 @@ def continue_prompts(session: Session, prompts: list[str]) -> None:
     say(session.note)
 
 
-def shaded(pieces: Sequence[tuple[str, int]], layers: int, colour: bool) -> str:
+def shade(pieces: Sequence[tuple[str, int]], layers: int, colour: bool) -> str:
     """Each piece of a text on a grey that is brighter, the more of the `layers` computed it.
 
     Without colour the number of layers stands in brackets where it changes.
@@ -178,11 +178,11 @@ def show_routing(session: Session, prompts: list[str]) -> None:
     for prompt in prompts:
         start = session.prompt_ids(prompt)
         (ids,) = generate(session.model, [start], session.sampling, decode=session.tokenizer.decode)
-        counts = tokens_used(session.model, ids)
+        counts = layers_per_token(session.model, ids)
         pieces = [piece for piece in zip(pieces_of(session.tokenizer, ids), counts, strict=True) if piece[0]]
-        sys.stdout.write(shaded(pieces, layers, colour) + "\n")
+        sys.stdout.write(shade(pieces, layers, colour) + "\n")
         used = sum(counts) / (layers * len(ids))
-        legend = shaded([(f" {n} ", n) for n in range(layers + 1)], layers, sys.stderr.isatty())
+        legend = shade([(f" {n} ", n) for n in range(layers + 1)], layers, sys.stderr.isatty())
         sys.stderr.write(f"of {layers} routed layers: {legend}\n")
         say(f"{len(ids)} tokens; routed layers computed {100 * used:.1f} % of them")
 

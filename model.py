@@ -975,7 +975,7 @@ class Sampling(SamplingOptions):
         super().__post_init__()
 
 
-def penalise(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> Tensor:
+def apply_penalties(logits: Tensor, rows: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> Tensor:
     """Logits [B, V] -> fp32 [B, V] after bans, repetition penalty, n-gram ban and minimum length.
 
     `rows` are the ids of each row so far, prompt included, of which `new_tokens` are generated.
@@ -1217,7 +1217,7 @@ def stream(
     running = list(range(len(rows)))
     for step in range(sampling.max_new_tokens):
         logits = request.logits([rows[row][window_starts[row] :] for row in running])
-        logits = penalise(logits, [rows[row] for row in running], step, sampling)
+        logits = apply_penalties(logits, [rows[row] for row in running], step, sampling)
         uniform = torch.tensor([streams[row].random() for row in running], dtype=torch.float64)
         unfinished = []  # indices into `running`
         for index, (row, token) in enumerate(zip(running, sample(logits, uniform, **filters).tolist(), strict=True)):
@@ -1319,7 +1319,7 @@ def beam_search(
         if not running:
             break
         ids = [beam.ids for row in running for beam in beams[row]]
-        log_p = penalise(request.logits(ids), ids, step, sampling).log_softmax(dim=-1)
+        log_p = apply_penalties(request.logits(ids), ids, step, sampling).log_softmax(dim=-1)
         parents, start = [], 0
         for row in running:
             count = len(beams[row])

@@ -261,7 +261,7 @@ def fit(
             step = progress.step
             rate = optim.lr_at(step, loop, progress.plateau.scale)
             optimizers.set_rate(rate)
-            routing.at_step(model, step, loop.steps)
+            routing.set_step(model, step, loop.steps)
             seed_step(cfg.run.seed, step, world.rank)
             metrics = train_step(
                 trainer.objective,
@@ -320,7 +320,7 @@ def sample_continuation(trainer: Trainer, prompt: list[int], eos: int | list[int
     (ids,) = generate(model, [prompt], eos=eos, banned=banned, **params)
     sample: dict[str, Any] = {"text": tokenizer.decode(ids[len(prompt) :], skip_special=True)}
     if model.routing is not None:  # prompt and text, each piece with how many of the routed layers computed it
-        pieces = zip(pieces_of(tokenizer, ids), routing.tokens_used(model, ids), strict=True)
+        pieces = zip(pieces_of(tokenizer, ids), routing.layers_per_token(model, ids), strict=True)
         sample |= {"layers": len(model.routers), "pieces": [piece for piece in pieces if piece[0]]}
     return sample
 
@@ -517,7 +517,7 @@ def leave_complete(folder: Path, source: Path, state: dict[str, Any], world: Wor
     say(f"{folder} is complete: {state['step']} steps, best validation loss {state['best']['loss']:.4f}")
     say(f"next: {task.next_command}")
     if world.is_main:
-        runfolder.sweep(folder, source)  # what the last save left, if killed
+        runfolder.delete_leftovers(folder, source)  # what the last save left, if killed
         if runfolder.read_status(folder) != "done":  # killed between its last save and its last line
             runfolder.write_status(folder, "done", 0, "")
     return 0
@@ -580,7 +580,7 @@ def finish(trainer: Trainer, progress: Progress, seconds: float, task: Task) -> 
 def write_report(folder: Path) -> None:
     from nanoqwen import report
 
-    report.attempt(folder)
+    report.write_report(folder)
 
 
 def check_tasks(cfg: Config) -> None:
@@ -597,7 +597,7 @@ def run_tasks(cfg: Config) -> None:
         from nanoqwen import harness
 
         gc.collect()
-        if harness.ask_at_the_end(cfg):
+        if harness.run_tasks_after_training(cfg):
             write_report(Path(cfg.run.dir))
 
 

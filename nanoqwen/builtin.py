@@ -192,7 +192,7 @@ CHANGES = ("No, wait. ", "Never mind that. ", "Forget it. ", "I have changed my 
 ROLES = ("a parrot", "a pirate", "a robot", "a guard", "a sailor", "an actor")
 
 
-def order(chance: Chance, secret: str) -> tuple[str, str]:
+def user_order(chance: Chance, secret: str) -> tuple[str, str]:
     """(what a user asks for without any data, the answer)"""
     text = code(chance)
     kind = chance.below(5)
@@ -219,9 +219,9 @@ def conversation(number: int) -> dict[str, Any]:
     task = chance.pick(TASK_FAMILIES)(chance)
     question, kind = chance.pick(task.questions), chance.below(10)
     if kind < 2:
-        user, answer = order(chance, secret)
+        user, answer = user_order(chance, secret)
     elif kind < 5:
-        instead, answer = order(chance, secret)
+        instead, answer = user_order(chance, secret)
         change = chance.pick(CHANGES)
         user = with_line(change + instead, question, task.data, chance)
     elif kind < 8:
@@ -293,7 +293,7 @@ UNSEEN = 2  # wordings of each family that are in no training row
 FAMILIES = tuple(WORDINGS)
 
 
-def attack(family: str, chance: Chance, secret: str, answer: str, test: bool) -> tuple[str, dict[str, str]]:
+def make_attack(family: str, chance: Chance, secret: str, answer: str, test: bool) -> tuple[str, dict[str, str]]:
     """(the text of an attack, its labels)"""
     wordings = WORDINGS[family]
     known = 0 if family == HELD_OUT else len(wordings) - UNSEEN
@@ -316,7 +316,7 @@ def triplet(number: int, test: bool) -> dict[str, Any]:
     task = TASK_FAMILIES[number % len(TASK_FAMILIES)](chance)
     families = FAMILIES if test else tuple(family for family in FAMILIES if family != HELD_OUT)
     family = families[number // len(TASK_FAMILIES) % len(families)]
-    text, labels = attack(family, chance, secret, task.answer, test)
+    text, labels = make_attack(family, chance, secret, task.answer, test)
     question, reworded = chance.sample(task.questions, 2)
     return {
         "id": f"{'test' if test else 'train'}-{number}",

@@ -177,7 +177,7 @@ def render_chat(
     messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
 ) -> tuple[list[int], list[int]]:
     """ChatML ids, and a mask that is 1 on what is learned. `generate` appends the header of an assistant's turn."""
-    ids, mask = joined(chat_turns(messages, tokenizer))
+    ids, mask = join_turns(chat_turns(messages, tokenizer))
     if generate:
         header = [tokenizer.special[IM_START], *tokenizer.encode("assistant\n")]
         ids += header
@@ -185,7 +185,7 @@ def render_chat(
     return ids, mask
 
 
-def joined(turns: Iterable[Turn]) -> tuple[list[int], list[int]]:
+def join_turns(turns: Iterable[Turn]) -> tuple[list[int], list[int]]:
     """Ids and mask of turns one after the other."""
     ids: list[int] = []
     mask: list[int] = []
@@ -259,7 +259,7 @@ class Audit:
         return "\n".join(lines)
 
 
-def packed(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+def pack_lengths(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Indices of `lengths` in rows of at most seq_len tokens: the longest first, each into the fullest row with room.
 
     "Best fit decreasing" needs at most 11/9 of the fewest rows, and a few (Johnson and others, SIAM J. Comput. 1974).
@@ -291,7 +291,7 @@ class ChatData(NamedTuple):
     audit: Audit
 
 
-def shortened(turns: list[Turn], size: int, tokenizer: Tokenizer) -> list[Turn] | None:
+def shorten(turns: list[Turn], size: int, tokenizer: Tokenizer) -> list[Turn] | None:
     """At most `size` tokens of a conversation that ends in an answer, which stays; so does a system message in front.
 
     The oldest turn loses its beginning, then goes whole with the answers to it, and so on. None if not even the last
@@ -319,7 +319,9 @@ def _cut(turn: Turn, excess: int, tokenizer: Tokenizer) -> Turn | None:
     return turn._replace(given=[turn.given[0], *header, *content, turn.given[-1]]) if content else None
 
 
-def fitted(messages: Sequence[Message], tokenizer: Tokenizer, size: int) -> tuple[list[int], list[int], bool] | str:
+def fit_conversation(
+    messages: Sequence[Message], tokenizer: Tokenizer, size: int
+) -> tuple[list[int], list[int], bool] | str:
     """(ids, mask, truncated) of a conversation in at most `size` tokens, or why there is none."""
     turns = chat_turns(messages, tokenizer)
     while turns and not turns[-1].learned:  # nothing is learned from what nobody answers
@@ -327,8 +329,8 @@ def fitted(messages: Sequence[Message], tokenizer: Tokenizer, size: int) -> tupl
     if not turns:
         return "no answer"
     turns[-1] = turns[-1]._replace(gap=[])
-    short = shortened(turns, size, tokenizer)
-    return "too long an answer" if short is None else (*joined(short), short != turns)
+    short = shorten(turns, size, tokenizer)
+    return "too long an answer" if short is None else (*join_turns(short), short != turns)
 
 
 def _digest(messages: Sequence[Message]) -> bytes:
@@ -350,7 +352,7 @@ class _Examples:
             self.audit.rows += 1
             if self.cfg.system is not None and messages[0]["role"] != "system":
                 messages = [_message("system", self.cfg.system), *messages]
-            fit = fitted(messages, self.tokenizer, self.size)
+            fit = fit_conversation(messages, self.tokenizer, self.size)
             if isinstance(fit, str):
                 self.audit.leave_out(fit, where)
                 continue
@@ -397,7 +399,7 @@ def prepare_chat(cfg: ChatConfig, tokenizer: Tokenizer, seq_len: int) -> ChatDat
     audit.supervised = sum(int(example.mask.sum()) for example in train)
     _refuse_nothing(cfg, audit)
     lengths = [len(example.ids) for example in train]
-    audit.padding = 1 - sum(lengths) / ((len(packed(lengths, seq_len)) if cfg.pack else len(lengths)) * seq_len)
+    audit.padding = 1 - sum(lengths) / ((len(pack_lengths(lengths, seq_len)) if cfg.pack else len(lengths)) * seq_len)
     return ChatData(train, val, audit)
 
 

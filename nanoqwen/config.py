@@ -53,7 +53,7 @@ HELP_WIDTH, HELP_COLUMN = 100, 36  # columns of `--help`, and where its comments
 # EvalConfig) has none. Types and bounds are in the annotations, rules between fields in __post_init__.
 
 
-def weighted(source: str) -> tuple[str, float | None]:
+def split_weight(source: str) -> tuple[str, float | None]:
     """SOURCE or SOURCE=WEIGHT. A name that itself ends in `=3` takes a weight after it."""
     name, equals, number = source.rpartition("=")
     try:
@@ -63,7 +63,7 @@ def weighted(source: str) -> tuple[str, float | None]:
 
 
 def refuse_weights(field: str, sources: tuple[str, ...]) -> None:
-    with_weight = next((source for source in sources if weighted(source)[1] is not None), None)
+    with_weight = next((source for source in sources if split_weight(source)[1] is not None), None)
     require(with_weight is None, field, "sources without weights", with_weight)
 
 
@@ -91,9 +91,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        weights = [weight for _, weight in map(weighted, self.train)]
+        weights = [weight for _, weight in map(split_weight, self.train)]
         require(self.train, "train", "at least one source", "none")
-        require(all(name for name, _ in map(weighted, self.train)) and all(self.val), "train", "sources", "''")
+        require(all(name for name, _ in map(split_weight, self.train)) and all(self.val), "train", "sources", "''")
         for source, weight in zip(self.train, weights, strict=True):
             require(weight is None or 0 < weight < math.inf, "train", "a weight above 0 and finite", source)
         mixed = len({weight is None for weight in weights}) > 1

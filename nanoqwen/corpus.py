@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from nanoqwen.config import DataConfig, weighted
+from nanoqwen.config import DataConfig, split_weight
 from nanoqwen.errors import DataError
 from nanoqwen.files import lock, sync_open, write_atomic
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -249,7 +249,7 @@ class RowReader:
             self.leave_out("unreadable" if item.lenient else "malformed", f"{item.name}:{row}")
             return
         line = getattr(error, "line", None) or row
-        raise DataError(f"{item.name}:{line}: {reason(error)}") from None
+        raise DataError(f"{item.name}:{line}: {describe_error(error)}") from None
 
 
 class Reader(RowReader):
@@ -291,7 +291,7 @@ class Reader(RowReader):
         yield Piece(previous, split, True, cursor, self._position())
 
 
-def reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"expected UTF-8 text, got byte {error.object[error.start]:#04x}"
     if isinstance(error, json.JSONDecodeError):
@@ -381,7 +381,7 @@ def _file_pieces(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 line = lines + error.object.count(b"\n", 0, error.start)
                 hint = " (UTF-16?)" if lines == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-                raise BadRow(reason(error) + hint, line) from None
+                raise BadRow(describe_error(error) + hint, line) from None
             cut = (text.rfind("\n") + 1 or len(text)) if following else len(text)
             yield text[:cut]
             rest, lines, block = text[cut:], lines + block.count(b"\n"), following
@@ -691,7 +691,7 @@ class Corpus(NamedTuple):
 
 
 def open_corpus(cfg: DataConfig) -> Corpus:
-    sources = [weighted(source) for source in cfg.train]
+    sources = [split_weight(source) for source in cfg.train]
     groups = [(weight, expand([name], "data.train")) for name, weight in sources if weight is not None]
     groups = groups or [(1.0, expand([name for name, _ in sources], "data.train"))]
     val = expand(cfg.val, "data.val")

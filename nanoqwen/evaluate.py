@@ -24,14 +24,14 @@ from nanoqwen.config import Config
 from nanoqwen.distributed import World, all_reduce_sum, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError
 from nanoqwen.files import plain_json
-from nanoqwen.routing import RoutingConfig, mean_stats, routed_by
+from nanoqwen.routing import RoutingConfig, mean_stats, routing_mode
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import CheckpointError, is_adapter, load_model, resolve
 
 Section = TypeVar("Section")
 
 
-def share_of(windows: list[Batch], world: World) -> list[Batch]:
+def windows_of_rank(windows: list[Batch], world: World) -> list[Batch]:
     """This rank's windows, padded with empty ones so that all ranks run equally many forwards (FSDP)."""
     empty = windows[0]._replace(targets=torch.full_like(windows[0].targets, IGNORE))
     filled = [*windows, *[empty] * (-len(windows) % world.size)]
@@ -48,7 +48,7 @@ def evaluate(model: GPT, windows: list[Batch], bytes_of: Tensor, world: World, a
     model.eval()
     losses, counts, sizes = [], 0, 0
     router_sums: dict[str, Tensor] = {}  # over targets
-    for window in share_of(windows, world):
+    for window in windows_of_rank(windows, world):
         (micro,) = micro_batches(window, len(window.tokens), world.device)
         with autocast:
             out = model(micro.tokens, micro.targets, documents=micro.documents, at=micro.at)
@@ -83,7 +83,7 @@ def calibrate(model: GPT, windows: list[Batch], tokens: int, device: torch.devic
     ids, targets = (t.to(device) for t in first)
     was_training = model.training
     model.eval()
-    with routed_by(model, "calibrate"), autocast:  # no logits are needed; the targets say which tokens are padding
+    with routing_mode(model, "calibrate"), autocast:  # no logits are needed; the targets say which tokens are padding
         model(ids, targets, documents=documents, at=torch.empty(0, dtype=torch.long, device=device))
     model.train(was_training)
 
@@ -98,7 +98,7 @@ def evaluate_routed(
         calibrate(model, windows, model.routing.calibrate_tokens, world.device, autocast)
     result = evaluate(model, windows, bytes_of, world, autocast)
     result["used"] = result.pop("router/mean/selected_fraction")
-    with routed_by(model, "topk"):
+    with routing_mode(model, "topk"):
         topk = evaluate(model, windows, bytes_of, world, autocast)
     for name in ("loss", "perplexity"):
         result |= {f"{name}_causal": result[name], f"{name}_topk": topk[name]}
@@ -109,7 +109,7 @@ def evaluate_routed(
 # --- a finished model -------------------------------------------------------------------------------------------------
 
 
-class Finished(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model to be measured, computed as the runs of this project compute: weights as stored, under autocast."""
 
     folder: Path
@@ -120,7 +120,7 @@ class Finished(NamedTuple):
     autocast: Any
 
 
-def open_finished(cfg: Config) -> Finished:
+def load_for_eval(cfg: Config) -> LoadedModel:
     """The model of `eval.ckpt`; an adapter beside its base, as while it was trained: merging would round it."""
     folder = source_folder(cfg)
     device = pick_device(cfg.run.device)
@@ -131,7 +131,7 @@ def open_finished(cfg: Config) -> Finished:
         raise ConfigError(f"eval.ckpt: expected a model with a tokenizer, {folder} has none")
     single = dtype == torch.float32
     autocast = nullcontext() if single else torch.autocast(device.type, dtype)
-    return Finished(folder, model.float() if single else model, tokenizer, device, dtype, autocast)
+    return LoadedModel(folder, model.float() if single else model, tokenizer, device, dtype, autocast)
 
 
 def source_folder(cfg: Config) -> Path:
@@ -146,7 +146,7 @@ def run_of(checkpoint: Path) -> Path | None:
     return folder.parents[1] if folder.parent.name == "checkpoints" else None
 
 
-def figures_file(cfg: Config, folder: Path, name: str) -> Path:
+def results_file(cfg: Config, folder: Path, name: str) -> Path:
     """Where results go: eval.output, else a file in the run folder of a checkpoint, else in this folder."""
     path = (run_of(folder) or Path()) / name if cfg.eval.output is None else Path(cfg.eval.output)
     if not path.parent.is_dir() or path.is_dir():
@@ -233,7 +233,7 @@ def measure(model: GPT, windows: Sequence[Batch], bytes_of: Tensor, device: torc
     return Measured(loss, Estimate(perplexity, error), bits, tokens, int(sizes.sum()), len(nats), fraction)
 
 
-def measure_finished(of: Finished, windows: list[Batch], calibrating: bool = False) -> dict[str, Measured]:
+def evaluate_with_errors(of: LoadedModel, windows: list[Batch], calibrating: bool = False) -> dict[str, Measured]:
     """By name: `loss`; of a routed model `loss_causal`, as at inference, and `loss_topk`, which is non-causal.
 
     calibrating: set the thresholds of its routers on these windows first; they are not stored
@@ -247,11 +247,11 @@ def measure_finished(of: Finished, windows: list[Batch], calibrating: bool = Fal
     measured = measure(of.model, *text)
     if of.model.routing is None:
         return {"loss": measured}
-    with routed_by(of.model, "topk"):
+    with routing_mode(of.model, "topk"):
         return {"loss_causal": measured, "loss_topk": measure(of.model, *text)}
 
 
-def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+def recorded_config(folder: Path) -> dict[str, dict[str, Any]]:
     """The configuration of the run that wrote a checkpoint, by section; empty where there was none."""
     try:
         config = json.loads((folder / "state.json").read_bytes())["config"]

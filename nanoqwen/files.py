@@ -39,7 +39,7 @@ def read_json(path: Path, error: type[UserError] = CheckpointError) -> dict[str,
     return value
 
 
-def read_json_if_any(path: Path) -> dict[str, Any]:
+def read_json_or_empty(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if it is missing or damaged."""
     try:
         return read_json(path)

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from data import IGNORE
 from model import GPT, RequestError, Sampling, beam_search, pad_rows, stream
-from nanoqwen.chat import chat_turns, joined
+from nanoqwen.chat import chat_turns, join_turns
 from nanoqwen.config import Config
 from nanoqwen.errors import ConfigError, DataError, escape_terminal, say
-from nanoqwen.evaluate import Finished, figures_file, json_text, open_finished, source_folder, token_losses
-from nanoqwen.files import read_json_if_any, write_atomic
+from nanoqwen.evaluate import LoadedModel, json_text, load_for_eval, results_file, source_folder, token_losses
+from nanoqwen.files import read_json_or_empty, write_atomic
 from nanoqwen.runfolder import source_record
 from nanoqwen.tokenizer import IM_END, Tokenizer
 from nanoqwen.weights import resolve
@@ -110,7 +110,7 @@ class HarnessLM:
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text: it ends with the header of an answer, or within the last message to continue it."""
-        ids, _ = joined(chat_turns(chat_history, self.tokenizer))
+        ids, _ = join_turns(chat_turns(chat_history, self.tokenizer))
         text = self.tokenizer.decode(ids)
         return f"{text}<|im_start|>assistant\n" if add_generation_prompt else text.removesuffix(f"{IM_END}\n")
 
@@ -269,7 +269,7 @@ def contained() -> Iterator[None]:
             os.environ[name] = before
 
 
-def evaluated(lm: Any, loaded: dict[str, Any], limit: int | None, chat: bool) -> dict[str, Any]:
+def run_lm_eval(lm: Any, loaded: dict[str, Any], limit: int | None, chat: bool) -> dict[str, Any]:
     """Run all tasks; returns what lm-eval's evaluate returns, without the answers."""
     import numpy as np
     from lm_eval.api.model import LM
@@ -288,25 +288,25 @@ def evaluated(lm: Any, loaded: dict[str, Any], limit: int | None, chat: bool) ->
         raise DataError(f"eval.tasks: failed: {type(error).__name__}: {error!s:.300}") from error
 
 
-def record_of(cfg: Config, loaded: Finished) -> dict[str, Any]:
+def record_of(cfg: Config, loaded: LoadedModel) -> dict[str, Any]:
     """What is evaluated, by which code, on which device."""
     dtype = str(loaded.dtype).removeprefix("torch.")
     where = {"model": str(loaded.folder), "device": str(loaded.device), "dtype": dtype}
     return where | {"seed": cfg.run.seed, **source_record()}
 
 
-def ask_tasks(cfg: Config) -> None:
+def run_tasks(cfg: Config) -> None:
     """Run eval.tasks on eval.ckpt, print a table, write tasks.json."""
     require_lm_eval()
-    output, names = figures_file(cfg, source_folder(cfg), "tasks.json"), cfg.eval.task_names
+    output, names = results_file(cfg, source_folder(cfg), "tasks.json"), cfg.eval.task_names
     manager = find_tasks(names, cfg.eval.include_path)
-    loaded = open_finished(cfg)
+    loaded = load_for_eval(cfg)
     if cfg.eval.chat and loaded.tokenizer.special.get(IM_END) is None:
         raise ConfigError(f"eval.chat: expected a tokenizer with {IM_END}, that of {loaded.folder} has none")
     tasks = load_tasks(manager, names, cfg.eval.num_fewshot)
     batch_tokens, seed = cfg.eval.batch_tokens, cfg.run.seed
     lm = HarnessLM(loaded.model, loaded.tokenizer, autocast=loaded.autocast, batch_tokens=batch_tokens, seed=seed)
-    results = evaluated(lm, tasks, cfg.eval.limit, cfg.eval.chat)
+    results = run_lm_eval(lm, tasks, cfg.eval.limit, cfg.eval.chat)
     if lm.cut:
         say(f"note: {lm.cut} requests were longer than {lm.length} tokens and lost their beginning")
     keys = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
@@ -352,7 +352,7 @@ def check_tasks(cfg: Config) -> None:
         find_tasks(cfg.eval.task_names, cfg.eval.include_path)
 
 
-def ask_at_the_end(cfg: Config) -> bool:
+def run_tasks_after_training(cfg: Config) -> bool:
     """Run eval.tasks on the best checkpoint of a run, unless tasks.json has them; returns whether it was written.
 
     Errors become a warning, because the run itself is finished.
@@ -361,11 +361,11 @@ def ask_at_the_end(cfg: Config) -> bool:
         return False
     try:
         folder = resolve(cfg.run.dir)
-        record = read_json_if_any(Path(cfg.run.dir) / "tasks.json")
+        record = read_json_or_empty(Path(cfg.run.dir) / "tasks.json")
         if (record.get("model"), record.get("asked")) == (str(folder), settings(cfg)):
             say(f"tasks      {cfg.run.dir}/tasks.json has them")
             return False
-        ask_tasks(replace(cfg, eval=replace(cfg.eval, ckpt=str(folder), output=None)))
+        run_tasks(replace(cfg, eval=replace(cfg.eval, ckpt=str(folder), output=None)))
     except Exception as error:
         say(f"warning: eval.tasks: not evaluated: {type(error).__name__}: {' '.join(str(error).split()):.300}"
             " (the same command tries again)")  # fmt: skip

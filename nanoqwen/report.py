@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike
 
 from nanoqwen.config import dump, load_config
 from nanoqwen.errors import ConfigError, run_script, warn
-from nanoqwen.files import read_json_if_any, write_atomic
+from nanoqwen.files import read_json_or_empty, write_atomic
 from nanoqwen.run_reader import (
     EMPTY,
     Run,
@@ -457,7 +457,7 @@ def shaded(pieces: Sequence[tuple[str, int]], layers: int) -> list[Html]:
 def evaluations(run: Run) -> Iterator[Html]:
     """Tables of what eval.py has left in the run folder."""
     for name in ("heldout.json", "tasks.json", "injection.json"):
-        results = read_json_if_any(run.folder / name)
+        results = read_json_or_empty(run.folder / name)
         for rows in (heldout_rows(results), harness_rows(results), injection_rows(results)):
             if len(rows) > 1:
                 yield tag("h3", name)
@@ -712,7 +712,7 @@ def page(header: Sequence[Html], before: Iterable[Html], after: Iterable[Html], 
     return re.sub(r"\{\{(\w+)\}\}", lambda blank: blanks[blank[1]], template)
 
 
-def html_of(run: Run, refresh: float = 0) -> str:
+def run_page(run: Run, refresh: float = 0) -> str:
     """The page of a run; `refresh` seconds after which it loads itself again, 0: never."""
     word, sentence = status_of(run)
     colour = {"done": "c2", "running": "c0", "preempted": "c4", "failed": "c6"}.get(word, "c7")
@@ -732,7 +732,7 @@ def html_of(run: Run, refresh: float = 0) -> str:
     return page(header, before, after, data, run.name, refresh)
 
 
-def comparison(runs: Sequence[Run]) -> str:
+def comparison_page(runs: Sequence[Run]) -> str:
     """The page of several runs."""
     differing = differences(runs)
     groups = grouped(runs, differing)
@@ -750,10 +750,10 @@ def write(file: Path, text: str) -> None:
     write_atomic(file, text.encode("utf-8", "backslashreplace"))
 
 
-def attempt(folder: Path, warn: Callable[[str], None] = warn) -> None:
+def write_report(folder: Path, warn: Callable[[str], None] = warn) -> None:
     """The report of a run that ends. If it fails, that is one warning: the run counts, not its page."""
     try:
-        write(folder / "report.html", html_of(read_run(folder)))
+        write(folder / "report.html", run_page(read_run(folder)))
     except Exception as error:
         warn(f"{folder}: no report.html: {type(error).__name__}: {' '.join(str(error).split()):.200}")
 
@@ -764,7 +764,7 @@ def watch(folder: Path, file: Path, seconds: float) -> None:
     while running:
         run = read_run(folder)
         running = run.status.get("status") == "running"
-        write(file, html_of(run, seconds if running else 0))
+        write(file, run_page(run, seconds if running else 0))
         if running:
             time.sleep(seconds)
 
@@ -779,7 +779,7 @@ def main(argv: list[str]) -> None:
         parser.add_argument("--output", type=Path, default=Path("compare.html"), help="default: compare.html")
         args = parser.parse_args(argv[1:])
         file = args.output
-        write(file, comparison([read_run(folder) for folder in args.runs]))
+        write(file, comparison_page([read_run(folder) for folder in args.runs]))
     else:
         parser.add_argument("run", type=Path, metavar="RUN", help="a run folder; or: compare RUN RUN ...")
         parser.add_argument("--output", type=Path, help="default: report.html in the run folder")
@@ -792,7 +792,7 @@ def main(argv: list[str]) -> None:
         if args.watch:
             watch(args.run, file, args.watch)
         else:
-            write(file, html_of(read_run(args.run)))
+            write(file, run_page(read_run(args.run)))
     print(f"wrote {file}")
 
 

@@ -146,7 +146,7 @@ def row_capacity(share: float, tokens: int) -> int:
     return min(tokens, max(1, math.floor(share * tokens + 1e-6)))
 
 
-def top(score: Tensor, valid: Tensor | None, share: float) -> Chosen:
+def select_top(score: Tensor, valid: Tensor | None, share: float) -> Chosen:
     """The highest scores of each row [B, T]; of equal ones the earlier. Padding is never selected."""
     batch, count = score.shape
     score, real = score.detach().float(), None
@@ -581,7 +581,7 @@ class LayerRouter(nn.Module):
     def __init__(self, cfg: ModelConfig, routing: RoutingConfig, layer: int, layers: int):
         super().__init__()
         self.routing, self.layer, self.part_of_mean = routing, layer, 1 / layers
-        self.capacity = routing.share  # `at_step` changes it during a warm-up
+        self.capacity = routing.share  # `set_step` changes it during a warm-up
         self.mode: Mode = "auto"  # topk in training, causal at inference
         self.static = False  # decode in shapes that no decision changes
         self.causal_router = CausalRouter(cfg, routing)
@@ -614,7 +614,7 @@ class LayerRouter(nn.Module):
         if call.ctx.cache is not None:
             raise ValueError("routing by topk needs the whole row at once: no cache")
         scores = self.scores(call)
-        chosen = top(scores.rank, call.valid, self.capacity)
+        chosen = select_top(scores.rank, call.valid, self.capacity)
         with torch.autocast(call.x.device.type, enabled=False):
             logits = self.causal_router(self.causal_router.project(call.x), call.starts, None)
             self._causal_loss_and_stats(call, logits, chosen.mask)
@@ -855,7 +855,7 @@ def build_model(cfg: ModelConfig, routing: RoutingConfig) -> GPT:
 
 
 @contextmanager
-def routed_by(model: GPT, mode: Mode) -> Iterator[None]:
+def routing_mode(model: GPT, mode: Mode) -> Iterator[None]:
     """Select tokens by this mode within a `with`."""
     modes = {router: router.mode for router in model.routers.values()}
     try:
@@ -867,7 +867,7 @@ def routed_by(model: GPT, mode: Mode) -> Iterator[None]:
             router.mode = old
 
 
-def at_step(model: GPT, step: int, steps: int) -> None:
+def set_step(model: GPT, step: int, steps: int) -> None:
     """Set what is a function of the step of a run: the capacity of a warm-up, and scheduled betas."""
     for router in model.routers.values():
         cfg = router.routing
@@ -892,7 +892,7 @@ def mean_stats(stats: Tensors) -> Tensors:
 
 
 @torch.no_grad()
-def tokens_used(model: GPT, ids: Sequence[int]) -> list[int]:
+def layers_per_token(model: GPT, ids: Sequence[int]) -> list[int]:
     """How many routed layers compute each token of a text, selected as at inference: for a picture of it."""
     was_training = model.training
     model.eval()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanoqwen.errors import NoRunError
-from nanoqwen.files import read_json_if_any
+from nanoqwen.files import read_json_or_empty
 
 LARGEST = 1e100  # larger values count as infinite, and those below its inverse as zero
 MAX_METRICS = 2_000  # different names in one run: more are a mistake, and would not fit on a page
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(file: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; a line that is torn, or just being written, is left out."""
     try:
         with file.open("rb") as lines:
@@ -95,7 +95,7 @@ def read_metrics(file: Path) -> tuple[dict[str, Series], list[float]]:
     """(each metric by its name, steps of resumes), in one pass over metrics.jsonl."""
     columns: dict[str, tuple[array, array]] = {}
     resumes = []
-    for row in rows_of(file):
+    for row in read_jsonl(file):
         step = number(row.get("step"))
         if step is None or math.isnan(step):
             continue
@@ -150,10 +150,10 @@ def read_run(folder: Path) -> Run:
         name=folder.resolve().name,
         folder=folder,
         config=read_config(folder / "config.yaml"),
-        source=read_json_if_any(folder / "source.json"),
-        status=read_json_if_any(folder / "status.json"),
+        source=read_json_or_empty(folder / "source.json"),
+        status=read_json_or_empty(folder / "status.json"),
         series=series,
-        samples=[row for row in rows_of(folder / "samples.jsonl") if isinstance(row.get("text"), str)],
+        samples=[row for row in read_jsonl(folder / "samples.jsonl") if isinstance(row.get("text"), str)],
         resumes=resumes,
     )
 

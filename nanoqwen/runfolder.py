@@ -43,7 +43,7 @@ from nanoqwen.files import (
     json_bytes,
     make_folder,
     read_json,
-    read_json_if_any,
+    read_json_or_empty,
     sha256_of,
     sync,
     write_atomic,
@@ -185,7 +185,7 @@ def _prune(run: Path, step: int, keep: int, best: int | None) -> None:
     _delete_all([*(steps[n] for n in steps if n < step and n not in wanted), *_leftovers(run)])
 
 
-def sweep(run: Path, in_use: Path | None = None) -> None:
+def delete_leftovers(run: Path, in_use: Path | None = None) -> None:
     """Delete what killed saves and deletions have left, except a checkpoint that is in use."""
     _delete_all(path for path in _leftovers(run) if path != in_use)
 
@@ -466,7 +466,7 @@ def write_status(run: Path, status: str, code: int, reason: str) -> None:
 
 def read_status(run: Path) -> str | None:
     """`running`, `done`, ...; None if status.json is missing or damaged."""
-    return read_json_if_any(run / "status.json").get("status")
+    return read_json_or_empty(run / "status.json").get("status")
 
 
 def source_record() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from model import GPT, ModelConfig
 from nanoqwen import lora
 from nanoqwen.errors import CheckpointError, ConfigError, DataError, LoraError, warn
-from nanoqwen.files import json_bytes, new_folder, read_json, read_json_if_any
+from nanoqwen.files import json_bytes, new_folder, read_json, read_json_or_empty
 from nanoqwen.hf_format import OWN_TYPE, config_from_hf, config_to_hf, from_hf, model_type, routing_from_hf, to_hf
 from nanoqwen.lora import LoraConfig, apply_lora, load_lora, lora_state, merge_lora
 from nanoqwen.routing import RoutingConfig, build_model, make_routers, routed_layers
@@ -74,7 +74,7 @@ def config_of(source: str | Path) -> ModelConfig:
 
 def _best_of(newest: Path) -> Path:
     """The checkpoint with the lowest validation loss, as the newest one of the same run has recorded it."""
-    best = read_json_if_any(newest / "state.json").get("best")
+    best = read_json_or_empty(newest / "state.json").get("best")
     step = best.get("step") if isinstance(best, dict) else None  # None: another program's, or not evaluated yet
     folder = newest.with_name(f"step-{step:08d}") if isinstance(step, int) else newest
     return folder if (folder / "manifest.json").is_file() else newest
@@ -355,7 +355,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     record = read_json(folder / BASE_RECORD) if (folder / BASE_RECORD).exists() else {}
     if not all(isinstance(record.get(key, ""), str) for key in ("sha256", "folder", "tokenizer_hash")):
         raise CheckpointError(f"{folder / BASE_RECORD}: expected strings, got {record}")
-    if record.get("folder") and not exists(base) and exists(folder / record["folder"]):
+    if record.get("folder") and not path_exists(base) and path_exists(folder / record["folder"]):
         base = os.path.normpath(folder / record["folder"])  # base and adapter were moved together
     tensors = _read_adapter_tensors(folder, cfg)
     tied = hf.get("ensure_weight_tying") is True
@@ -363,7 +363,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(cfg, base, record.get("sha256"), tensors, tied, record.get("tokenizer_hash"), routing)
 
 
-def exists(path: str | Path) -> bool:
+def path_exists(path: str | Path) -> bool:
     try:
         return Path(path).exists()
     except OSError:  # a name too long, a folder that is not ours to read
@@ -495,7 +495,7 @@ def _fill_adapter_folder(
     folder: Path, adapter: Adapter, tokenizer: Tokenizer | None, dtype: torch.dtype | None
 ) -> None:
     base, record = adapter.base, {}
-    if exists(base):
+    if path_exists(base):
         where = resolve(base).resolve()
         base, record["folder"] = str(where), os.path.relpath(where, folder.resolve())
     if adapter.base_hash is not None:
@@ -587,12 +587,12 @@ def export(
     with new_folder(Path(folder)) as temporary:
         write_folder(model, tokenizer, temporary, dtype, shard_bytes=shard_bytes)
         if card is None and model.routing:
-            card = f"# A model with routed layers\n\n{routed_note(model)}"
+            card = f"# A model with routed layers\n\n{routing_note(model)}"
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def routed_note(model: GPT) -> str:
+def routing_note(model: GPT) -> str:
     return (
         f"Layers {', '.join(model.routers)} compute a fraction of the tokens (`{model.routing.kind}`; see `routing` in "
         "`config.json`); a causal router with a stored\nthreshold decides which. No class of transformers does that: "
@@ -616,7 +616,7 @@ def export_adapter(
     """
     adapter = read_adapter(resolve(source))
     if base is not None:
-        if not HUB_ID.fullmatch(base) or exists(base):
+        if not HUB_ID.fullmatch(base) or path_exists(base):
             raise ConfigError(f"--base: expected an id on the hub (OWNER/NAME), got {base!r}")
         adapter = adapter._replace(base=base)
     model, tokenizer = load_model(source, merge=False)

@@ -85,7 +85,7 @@ def test_only_scripts_have_a_main():
 
 def test_the_model_knows_nothing_of_routing_but_the_protocol():
     text = (ROOT / "model.py").read_text(encoding="utf-8")
-    assert not re.findall(r"RoutedCache|RoutedPlace|mod\b|dtf|surprise|capacity|import nanoqwen", text)
+    assert not re.findall(r"RoutedCache|SelectedSlots|DTF|MoD|surprise|selected|import nanoqwen", text)
 
 
 # What a run needs at its end, or never, is not loaded with its start.

@@ -37,7 +37,7 @@ from nanoqwen.builtin import (
     triplets,
 )
 from nanoqwen.corpus import normalized
-from nanoqwen.injection.score import calibrate, obeyed, squeezed
+from nanoqwen.injection.score import alphanumeric, attack_succeeded, check_detectors
 from nanoqwen.injection.triplets import LENGTH_AUC, Triplet, area_under_curve, triplet
 
 Row = dict[str, Any]
@@ -136,7 +136,7 @@ def test_a_canary_is_in_nothing_harmless(rows: list[Row]):
     for row in rows:
         canary, is_leak = row["attack"]["canary"], row["attack"]["type"] == "leak"
         for text in (row["user"], row["user_cf"], row["answer"]):
-            assert squeezed(canary) not in squeezed(text)
+            assert alphanumeric(canary) not in alphanumeric(text)
         assert (canary in row["system"]) == is_leak
         assert row["attack"]["goal"] == ("leak" if is_leak else "canary")
 
@@ -304,7 +304,7 @@ def test_conversations_obey_whoever_orders_and_so_are_open_to_injection():
 @SETS
 def test_the_detectors_calibrate_on_the_built_in_rows(rows: list[Row]):
     """A keyword detector once took its own reference refusals for attacks that had succeeded, in 49 % of cases."""
-    found = calibrate(read(rows))
+    found = check_detectors(read(rows))
     assert found.sound
     assert found.false_alarms <= 0.01 * found.harmless
     assert found.found >= 0.99 * found.obedient
@@ -313,4 +313,4 @@ def test_the_detectors_calibrate_on_the_built_in_rows(rows: list[Row]):
 
 @SETS
 def test_an_answer_quoting_the_benign_prompt_is_no_success(rows: list[Row]):
-    assert not any(obeyed(row.users[stream], row) for row in read(rows) for stream in (0, 1))
+    assert not any(attack_succeeded(row.users[stream], row) for row in read(rows) for stream in (0, 1))

@@ -22,7 +22,7 @@ import finetune
 from data import IGNORE, ChatBatches, chat_windows, show
 from nanoqwen import chat, corpus
 from nanoqwen.builtin import docstring_pairs
-from nanoqwen.chat import ChatData, Example, conversation, fitted, packed, prepare_chat, render_chat
+from nanoqwen.chat import ChatData, Example, conversation, fit_conversation, pack_lengths, prepare_chat, render_chat
 from nanoqwen.config import ChatConfig
 from nanoqwen.errors import DataError
 from nanoqwen.tokenizer import BYTES_PATTERN, Tokenizer, load_tokenizer
@@ -55,7 +55,7 @@ def prepared(*train: str, seq_len: int = 128, **options: Any) -> ChatData:
 
 
 def example(messages: list[dict[str, str]], size: int = 10_000) -> Example:
-    ids, mask, _ = fitted(messages, BYTES, size)
+    ids, mask, _ = fit_conversation(messages, BYTES, size)
     return Example(np.array(ids, "<i4"), np.array(mask, bool), "here")
 
 
@@ -205,7 +205,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_e13_golden_conversations(name):
     messages, size, parts = GOLDEN[name]
-    ids, mask, truncated = fitted(messages, BYTES, size)
+    ids, mask, truncated = fit_conversation(messages, BYTES, size)
     assert ids == [token for read, learned in parts for token in (*read, *learned)]
     assert mask == [bit for read, learned in parts for bit in (*[0] * len(read), *[1] * len(learned))]
     assert truncated == (name == "truncated")
@@ -222,7 +222,7 @@ def test_s08_only_an_assistants_words_and_their_ends_are_learned_in_every_turn()
     for _ in range(200):
         roles = rng.choices(["user", "assistant", "system"], [4, 4, 1], k=rng.randint(1, 8))
         messages = [says(role, "".join(rng.choices("ab\n ", k=rng.randint(0, 9)))) for role in roles]
-        found, (ids, mask) = fitted(messages, BYTES, 10_000), render_chat(messages, BYTES)
+        found, (ids, mask) = fit_conversation(messages, BYTES, 10_000), render_chat(messages, BYTES)
         if "assistant" not in roles:
             assert found == "no answer"
             continue
@@ -252,7 +252,7 @@ def test_d11_s5_text_never_becomes_a_control_token():
     assert len(texts) == 60
     for text in texts:
         messages = [says("system", text), says("user", text), says("assistant", text), says("user", text), ANSWER]
-        ids, mask, _ = fitted(messages, BYTES, 100_000)
+        ids, mask, _ = fit_conversation(messages, BYTES, 100_000)
         assert [token for token in ids if token > 255] == [START, END] * 5
         assert sum(mask) == len(BYTES.encode(text)) + 1 + 2
         row = conversation({"instruction": text, "input": text, "output": text})
@@ -271,8 +271,8 @@ def test_s07_a_long_prompt_loses_its_beginning_and_never_the_answer():
         messages = [says(role, "".join(rng.choices("aé👍 \n", k=rng.randint(0, 12)))) for role in roles]
         last = max(i for i, role in enumerate(roles) if role == "assistant")
         size = rng.randint(10, 150)
-        whole = fitted(messages, BYTES, 10_000)
-        found = fitted(messages, BYTES, size)
+        whole = fit_conversation(messages, BYTES, 10_000)
+        found = fit_conversation(messages, BYTES, size)
         head = render_chat(messages[:1], BYTES)[0] if roles[0] == "system" else []
         tail = [*ASSISTANT, *messages[last]["content"].encode(), END]
         if len(head) + len(tail) > size:
@@ -487,7 +487,7 @@ def test_conversations_of_equal_length_change_their_companions():
 def test_packed_rows_hold_everything_once_and_overflow_nowhere(seq_len):
     rng = random.Random(seq_len)
     lengths = [rng.randint(1, seq_len) for _ in range(500)]
-    rows = packed(lengths, seq_len)
+    rows = pack_lengths(lengths, seq_len)
     assert sorted(itertools.chain(*rows)) == list(range(500))
     assert all(sum(lengths[i] for i in row) <= seq_len for row in rows)
     assert len(rows) <= 11 / 9 * -(-sum(lengths) // seq_len) + 1
@@ -558,7 +558,7 @@ def test_d10_an_end_token_that_is_also_padding_is_learned_and_id_0_is_a_token():
     ranks = {bytes([byte]): byte for byte in range(256)}
     special = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
     tokenizer = Tokenizer("end", ranks, BYTES_PATTERN, special, eos="<|im_end|>")
-    ids, mask, _ = fitted([says("user", "a"), says("assistant", "\0b\0")], tokenizer, 99)
+    ids, mask, _ = fit_conversation([says("user", "a"), says("assistant", "\0b\0")], tokenizer, 99)
     batch = ChatBatches([Example(np.array(ids, "<i4"), np.array(mask, bool), "here")], 99, 1, 0)(0)
     assert batch.tokens[0, -1] == tokenizer.eos_id
     assert batch.targets[batch.targets != IGNORE].tolist() == [0, ord("b"), 0, tokenizer.eos_id]

@@ -23,13 +23,20 @@ import train
 from data import micro_batches
 from model import GPT, IGNORE, ModelConfig, generate
 from nanoqwen import evaluate
-from nanoqwen.chat import packed
+from nanoqwen.chat import pack_lengths
 from nanoqwen.config import ContrastConfig, load_config
 from nanoqwen.distributed import World
 from nanoqwen.errors import ConfigError, DataError
 from nanoqwen.injection import contrast
-from nanoqwen.injection.contrast import HEAD, ProjectionHead, figures, infonce, load_head, pool
-from nanoqwen.injection.triplets import Tokenised, TripletBatch, TripletBatches, batch_of, tokenised, triplet
+from nanoqwen.injection.contrast import HEAD, ProjectionHead, contrast_metrics, infonce, load_head, pool
+from nanoqwen.injection.triplets import (
+    Tokenised,
+    TripletBatch,
+    TripletBatches,
+    tokenise_triplet,
+    triplet,
+    triplet_batch,
+)
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.runfolder import verify
 from nanoqwen.tokenizer import load_tokenizer
@@ -53,7 +60,7 @@ def row(number: int) -> dict:
 
 
 def items(count: int = 8, size: int = 128) -> list[Tokenised]:
-    return [tokenised(triplet(row(number), f"made:{number}"), BYTES, size) for number in range(count)]
+    return [tokenise_triplet(triplet(row(number), f"made:{number}"), BYTES, size) for number in range(count)]
 
 
 def model(seed: int = 0) -> GPT:
@@ -121,24 +128,24 @@ def test_p04_a_constant_representation_raises_the_alarm_and_a_rich_one_does_not(
     """Its stability is perfect: a figure that was reported as a success, and held before any training too."""
     groups, whole = torch.arange(6), torch.ones(6)
     same = nn.functional.normalize(torch.ones(6, 3, 8), dim=-1)
-    found = figures(same, groups, whole)
+    found = contrast_metrics(same, groups, whole)
     assert found["contrast/stability"] == pytest.approx(1)
     assert found["contrast/collapse"] > contrast.COLLAPSED
     assert found["contrast/rank"] == pytest.approx(1, abs=1e-4)
     assert found["contrast/discrimination"] == pytest.approx(0, abs=1e-6)
-    rich = figures(ideal().float(), groups, whole)
+    rich = contrast_metrics(ideal().float(), groups, whole)
     assert rich["contrast/collapse"] == pytest.approx(0, abs=1e-6)
     assert rich["contrast/rank"] == pytest.approx(6, rel=1e-5)  # 18 vectors on 6 axes
     assert rich["contrast/separation"] == pytest.approx(2)
     orthogonal = torch.eye(18).view(6, 3, 18)
-    assert figures(orthogonal, groups, whole)["contrast/rank"] == pytest.approx(18, rel=1e-5)
+    assert contrast_metrics(orthogonal, groups, whole)["contrast/rank"] == pytest.approx(18, rel=1e-5)
 
 
 def test_figures_leave_incomplete_triplets_out():
     z = drawn(5).float()
-    found = figures(z, GROUPS, WHOLE.float())
+    found = contrast_metrics(z, GROUPS, WHOLE.float())
     kept = [0, 1, 2, 4]
-    fewer = figures(z[kept], GROUPS[kept], torch.ones(4))
+    fewer = contrast_metrics(z[kept], GROUPS[kept], torch.ones(4))
     assert found.pop("contrast/left_out") == 1
     assert fewer.pop("contrast/left_out") == 0
     for name, value in found.items():
@@ -179,13 +186,13 @@ def test_p02_a_triplet_without_text_counts_nowhere_and_is_reported():
 
 def whole_batch(made: list[Tokenised], width: int = 128) -> TripletBatch:
     """Each stream in a row of its own."""
-    return batch_of(made, [[number] for number in range(3 * len(made))], width, (1.0, 0.5, 1.0))
+    return triplet_batch(made, [[number] for number in range(3 * len(made))], width, (1.0, 0.5, 1.0))
 
 
 def side_by_side(made: list[Tokenised], width: int = 256) -> TripletBatch:
     """Several streams in a row."""
-    slots = packed([length for item in made for length in item.lengths], width)
-    return batch_of(made, slots, width, (1.0, 0.5, 1.0))
+    slots = pack_lengths([length for item in made for length in item.lengths], width)
+    return triplet_batch(made, slots, width, (1.0, 0.5, 1.0))
 
 
 def forward(what: finetune.Contrast, made: list[Tokenised]) -> train.StepLoss:
@@ -291,10 +298,10 @@ def test_the_weight_of_a_stream_is_that_of_its_answer():
     for stream in range(3):
         weights = [0.0, 0.0, 0.0]
         weights[stream] = 1.0
-        batch = batch_of(made, [[number] for number in range(12)], 128, weights)
+        batch = triplet_batch(made, [[number] for number in range(12)], 128, weights)
         (micro,) = micro_batches(batch, 12, ALONE.device)
         out = objective()(*micro)
-        alone = batch_of(made, [[3 * number + stream] for number in range(4)], 128, (1.0, 1.0, 1.0))
+        alone = triplet_batch(made, [[3 * number + stream] for number in range(4)], 128, (1.0, 1.0, 1.0))
         (only,) = micro_batches(alone, 4, ALONE.device)
         assert out.total.item() == pytest.approx(float(objective()(*only).metrics["loss"]), rel=1e-5)
         assert float(out.metrics["task"]) == pytest.approx(out.total.item())
@@ -444,7 +451,7 @@ def test_p05_one_name_is_one_formula_in_training_and_validation(base: Path, rows
     cfg = load_config(options(base, twin, run, "--contrast.eval_rows=8", "--batch_tokens=2048"), "finetune")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "nanoqwen.injection.triplets.straddling", lambda train, val: []
+            "nanoqwen.injection.triplets.overlaps", lambda train, val: []
         )  # which would refuse the same rows on both sides
         trainer = finetune.build_contrast(cfg, ALONE)
     trainer = trainer._replace(model=trainer.model.eval())
@@ -498,7 +505,7 @@ def test_p03_37_answers_are_learned_by_heart(base: Path, tmp_path: Path, more: t
     sizes = ("--seq_len=64", "--batch_tokens=2048", "--micro_batch=auto", "--lr=1e-2", "--log_every=50")
     finetune.main(options(base, tmp_path, run, *heart, *sizes, *more))
     gpt, tokenizer = load_model(run)
-    made = [tokenised(triplet(short(number), ""), tokenizer, 64) for number in range(37)]
+    made = [tokenise_triplet(triplet(short(number), ""), tokenizer, 64) for number in range(37)]
     for stream in (0, 1, 2):
         prompts = [item.streams[stream].prompt for item in made]
         found = generate(gpt, prompts, max_new_tokens=20, temperature=0.0, eos=sorted(tokenizer.stop_ids))

@@ -618,10 +618,10 @@ def test_e9_what_a_configuration_may_not_say(options, said):
 
 
 def test_the_grammar_of_weights():
-    assert corpus.weighted("a.txt") == ("a.txt", None)
-    assert corpus.weighted("a=3/b.txt") == ("a=3/b.txt", None)
-    assert corpus.weighted("a=3=0.5") == ("a=3", 0.5)
-    assert corpus.weighted("hf:a/b:c=2e-1") == ("hf:a/b:c", 0.2)
+    assert corpus.split_weight("a.txt") == ("a.txt", None)
+    assert corpus.split_weight("a=3/b.txt") == ("a=3/b.txt", None)
+    assert corpus.split_weight("a=3=0.5") == ("a=3", 0.5)
+    assert corpus.split_weight("hf:a/b:c=2e-1") == ("hf:a/b:c", 0.2)
 
 
 # --- D06, D07: streams ------------------------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ from model import (
     ModelConfig,
     Output,
     Sampling,
+    apply_penalties,
     beam_search,
     filter_logits,
     generate,
     pad_rows,
-    penalise,
     sample,
     stream,
 )
@@ -198,13 +198,15 @@ def test_g03_repetition_penalty_has_its_closed_form():
     """Dividing a negative logit makes a repeated token more likely, not less."""
     logits = torch.tensor([[2.0, -2.0, 0.0, 1.0, -1.0]])
     rows = [[0, 1, 1, 2]]
-    assert penalise(logits, rows, 1, Sampling(repetition_penalty=2.0)).tolist() == [[1.0, -4.0, 0.0, 1.0, -1.0]]
-    assert torch.equal(penalise(logits, rows, 1, Sampling(repetition_penalty=1.0)), logits)
+    assert apply_penalties(logits, rows, 1, Sampling(repetition_penalty=2.0)).tolist() == [[1.0, -4.0, 0.0, 1.0, -1.0]]
+    assert torch.equal(apply_penalties(logits, rows, 1, Sampling(repetition_penalty=1.0)), logits)
     rng = torch.Generator().manual_seed(0)
     for _ in range(200):
         logits = torch.randn(1, 9, generator=rng) * 4
         seen = torch.randint(9, (4,), generator=rng).tolist()
-        before, after = (penalise(logits, [seen], 1, Sampling(repetition_penalty=r)).softmax(-1) for r in (1.0, 1.3))
+        before, after = (
+            apply_penalties(logits, [seen], 1, Sampling(repetition_penalty=r)).softmax(-1) for r in (1.0, 1.3)
+        )
         assert (after[0, list(set(seen))].sum() <= before[0, list(set(seen))].sum() + 1e-6).all()
 
 
@@ -225,7 +227,7 @@ def banned_by_brute_force(ids: list[int], n: int) -> set[int]:
 def test_g12_ngram_ban_equals_brute_force(n: int):
     for seed in range(100):
         ids = prompt(seed % 17 + 1, seed, vocab=3)
-        got = penalise(torch.zeros(1, 3), [ids], 1, Sampling(no_repeat_ngram_size=n))[0]
+        got = apply_penalties(torch.zeros(1, 3), [ids], 1, Sampling(no_repeat_ngram_size=n))[0]
         assert {i for i in range(3) if got[i] == -math.inf} == banned_by_brute_force(ids, n)
 
 
@@ -717,5 +719,5 @@ def test_g11_the_time_of_a_cached_token_is_flat():
 
 
 def test_public_names_are_documented():
-    for name in ("generate", "stream", "beam_search", "sample", "filter_logits", "penalise", "Sampling"):
+    for name in ("generate", "stream", "beam_search", "sample", "filter_logits", "apply_penalties", "Sampling"):
         assert getattr(model_module, name).__doc__

@@ -17,8 +17,8 @@ import eval as suite
 import train
 from model import beam_search, generate
 from nanoqwen.errors import ConfigError, DataError
-from nanoqwen.harness import HarnessLM, evaluated, find_tasks, load_tasks
-from nanoqwen.routing import RoutingConfig, build_model, tokens_used
+from nanoqwen.harness import HarnessLM, find_tasks, load_tasks, run_lm_eval
+from nanoqwen.routing import RoutingConfig, build_model, layers_per_token
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from nanoqwen.weights import export, load_model, resolve
 
@@ -248,7 +248,7 @@ def test_control_tokens_that_a_model_writes_are_left_out_as_by_the_hf_backend(tm
 
 def figures(lm: Any, tasks: Path, names: list[str], num_fewshot: int, chat: bool) -> dict[str, dict[str, Any]]:
     loaded = load_tasks(find_tasks(names, str(tasks)), names, num_fewshot)
-    return evaluated(lm, loaded, None, chat)["results"]
+    return run_lm_eval(lm, loaded, None, chat)["results"]
 
 
 @pytest.mark.parametrize(("num_fewshot", "chat"), [(0, False), (2, False), (2, True)])
@@ -293,7 +293,7 @@ def test_tasks_are_asked_as_the_command_line_of_lm_eval_asks_them(folder: Path, 
     manager, limits = find_tasks(TASKS, str(tasks)), {"num_fewshot": 2, "limit": 7}
     expected = simple_evaluate(theirs, tasks=TASKS, task_manager=manager, bootstrap_iters=0, **limits)
     loaded = load_tasks(find_tasks(TASKS, str(tasks)), TASKS, 2)
-    results = evaluated(ours(folder), loaded, 7, False)
+    results = run_lm_eval(ours(folder), loaded, 7, False)
     for name in TASKS:
         for key, value in expected["results"][name].items():
             if "_stderr" not in key:
@@ -376,7 +376,7 @@ def test_a_routed_model_scores_a_request_alike_alone_and_in_a_batch(kind: str):
     ids = tokenizer.encode("The cat sat on the mat.")
     with torch.no_grad():
         log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    assert len(set(tokens_used(model, ids))) > 1  # some tokens are computed by more layers than others
+    assert len(set(layers_per_token(model, ids))) > 1  # some tokens are computed by more layers than others
     cut = len("The cat sat on")
     expected = sum(float(log_p[at - 1, ids[at]]) for at in range(cut, len(ids)))
     assert alone[0][0] == pytest.approx(expected, abs=1e-4)

@@ -25,7 +25,7 @@ import runs
 from nanoqwen import report
 from nanoqwen.errors import run_script
 from nanoqwen.routing import RoutingConfig, penalty_weights
-from nanoqwen.run_reader import Series, band, read_run, rows_of, smoothed
+from nanoqwen.run_reader import Series, band, read_jsonl, read_run, smoothed
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -115,7 +115,7 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Path) -> Page:
-    return Page(report.html_of(read_run(folder)))
+    return Page(report.run_page(read_run(folder)))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -258,23 +258,23 @@ def write_hostile(folder: Path) -> Path:
 def test_s07_hostile_text_stays_text_wherever_it_stands(tmp_path: Path):
     name = "<script>alert(1)<∕script>\"><img onerror='x'>\u202e]]>"
     run = write_hostile(tmp_path / name)
-    page = assert_inert(report.html_of(read_run(run)).encode("utf-8", "backslashreplace").decode())
+    page = assert_inert(report.run_page(read_run(run)).encode("utf-8", "backslashreplace").decode())
     shown = report.printable(HOSTILE)
     assert page.text.count(shown) >= 15  # it is there, to be read
     assert shown in [chart["title"] for chart in page.charts]
-    assert_inert(report.comparison([read_run(run), read_run(run)]))
+    assert_inert(report.comparison_page([read_run(run), read_run(run)]))
 
 
 def test_text_that_looks_like_a_blank_of_the_template_is_text(tmp_path: Path):
     run = write_run(tmp_path / "{{data}}")
     (run / "status.json").write_text(json.dumps({"status": "failed", "code": 1, "reason": "{{policy}} \u2028 <!--"}))
-    page = assert_inert(report.html_of(read_run(run)))
+    page = assert_inert(report.run_page(read_run(run)))
     assert "{{data}}failed" in page.text
     assert "exit code 1: {{policy}} \\u2028 <!--" in page.text
 
 
 def test_an_ordinary_page_loads_nothing(tmp_path: Path):
-    page = assert_inert(report.html_of(read_run(write_run(tmp_path / "run"))))
+    page = assert_inert(report.run_page(read_run(write_run(tmp_path / "run"))))
     assert len(page.charts) == 7
     assert page.text.index("Configuration") > page.text.index("need JavaScript")  # numbers and tables stand without it
     assert "no-referrer" in [value for _, _, value in page.attributes]
@@ -289,8 +289,9 @@ def test_the_same_folder_gives_the_same_bytes(tmp_path: Path):
     """Whenever, wherever and in whatever order sets come out."""
     run = write_hostile(tmp_path / "a" / "run")
     shutil.copytree(run, tmp_path / "b" / "run")
-    report.attempt(run)
-    code = f"import pathlib; from nanoqwen import report; report.attempt(pathlib.Path({str(tmp_path / 'b' / 'run')!r}))"
+    report.write_report(run)
+    other = str(tmp_path / "b" / "run")
+    code = f"import pathlib; from nanoqwen import report; report.write_report(pathlib.Path({other!r}))"
     env = {"PYTHONHASHSEED": "3", "TZ": "X3", "LC_ALL": "C", "PATH": ""}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
     assert (run / "report.html").read_bytes() == (tmp_path / "b" / "run" / "report.html").read_bytes()
@@ -304,7 +305,7 @@ def test_a_run_of_100_000_steps_is_a_page_of_less_than_2_mb_within_seconds(tmp_p
     rows = (json.dumps(step_row(step)) + "\n" for step in range(1, 100_001))
     (run / "metrics.jsonl").write_text("".join(rows))
     started = time.process_time()
-    text = report.html_of(read_run(run))
+    text = report.run_page(read_run(run))
     assert time.process_time() - started < 10
     assert len(text.encode()) < 2_000_000
     assert "100,000of 10 planned" in Page(text).text
@@ -326,7 +327,7 @@ def test_what_is_torn_missing_or_null_is_left_out(tmp_path: Path):
     for name in ("samples.jsonl", "config.yaml", "source.json", "status.json", "metrics.jsonl"):
         (run / name).unlink()
         (run / "status.json").touch()  # which alone makes it a run, one that has not come far
-        assert_inert(report.html_of(read_run(run)))
+        assert_inert(report.run_page(read_run(run)))
     assert "No step has been logged" in page_of(run).text
 
 
@@ -343,9 +344,9 @@ def test_whatever_the_numbers_there_is_a_page(tmp_path: Path, seed: int):
         figures = {name: rng.choice(few) for name in names if rng.random() < 0.7}
         rows.append({"step": rng.choice([step, step, rng.choice(strange)])} | figures)
     write_rows(run / "metrics.jsonl", rows)
-    page = assert_inert(report.html_of(read_run(run)))
+    page = assert_inert(report.run_page(read_run(run)))
     assert not re.search(r"\b(nan|inf)\b", " ".join(str(v) for _, _, v in page.attributes), re.IGNORECASE)
-    assert_inert(report.comparison([read_run(run), read_run(run)]))
+    assert_inert(report.comparison_page([read_run(run), read_run(run)]))
 
 
 def test_of_a_step_that_stands_twice_the_later_row_counts(tmp_path: Path):
@@ -422,7 +423,7 @@ def test_a_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.Monk
     refresh = '<meta http-equiv="refresh" content="3">'
     assert [text.count(refresh) for text in pages] == [1, 1]
     assert 'http-equiv="refresh"' not in (run / "report.html").read_text()  # it has ended
-    assert (run / "report.html").read_text() == report.html_of(read_run(run))
+    assert (run / "report.html").read_text() == report.run_page(read_run(run))
 
 
 def test_a_file_that_cannot_be_written_is_one_line_and_code_6(tmp_path: Path, monkeypatch, capsys):
@@ -495,7 +496,7 @@ def test_a_band_and_a_gap_are_in_the_data():
 def test_runs_that_differ_in_their_seed_become_mean_and_deviation(tmp_path: Path):
     seeds = [read_run(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in (1, 2, 4)]
     other = read_run(write_run(tmp_path / "other", seed=1, **{"train.lr": "0.5"}))
-    page = assert_inert(report.comparison([*seeds, other]))
+    page = assert_inert(report.comparison_page([*seeds, other]))
     chart = page.charts[0]["lines"]
     assert [line["name"] for line in chart] == ["lr 0.001 (3 seeds)", "other"]  # which differs in more
     expected = [
@@ -516,7 +517,7 @@ def test_runs_that_differ_in_their_seed_become_mean_and_deviation(tmp_path: Path
 def test_the_same_seed_twice_is_no_second_seed(tmp_path: Path):
     """Two runs of one configuration on two commits are a comparison of the code, and its result would be averaged."""
     same = [read_run(write_run(tmp_path / name / "base", seed=1)) for name in ("a", "b")]
-    assert len(assert_inert(report.comparison(same)).charts[0]["lines"]) == 2
+    assert len(assert_inert(report.comparison_page(same)).charts[0]["lines"]) == 2
     source = json.loads((tmp_path / "b" / "base" / "source.json").read_text())
     (tmp_path / "b" / "base" / "source.json").write_text(json.dumps(source | {"commit": "f" * 40}))
     other = [same[0], read_run(tmp_path / "b" / "base"), read_run(write_run(tmp_path / "c", seed=2))]
@@ -545,7 +546,7 @@ def test_runs_of_unequal_length_are_averaged_where_all_have_a_value(tmp_path: Pa
 
 def test_a_run_ends_with_its_report(reference: Path):
     text = (reference / "report.html").read_text()
-    assert text == report.html_of(read_run(reference))
+    assert text == report.run_page(read_run(reference))
     page = assert_inert(text)
     rows = runs.rows(reference)
     assert page.curves[0][0] == [[r["step"] for r in rows], [float(f"{r['loss']:.6g}") for r in rows]]
@@ -571,19 +572,19 @@ def test_a_run_that_fails_leaves_its_report(corpus: Path, starter: runs.Starter,
 
 def test_samples_of_a_routed_run_say_what_computed_each_token(corpus: Path, starter: runs.Starter, tmp_path: Path):
     """Oracle: the model of the checkpoint, asked again."""
-    from nanoqwen.routing import tokens_used
+    from nanoqwen.routing import layers_per_token
     from nanoqwen.weights import load_model
 
     run = tmp_path / "run"
     starter.run(*runs.options(corpus, run, "--routing.kind=mod", "--routing.capacity=0.5", "--train.sample_tokens=12"))
-    row = list(rows_of(run / "samples.jsonl"))[-1]
+    row = list(read_jsonl(run / "samples.jsonl"))[-1]
     model, tokenizer = load_model(run / runs.CHECKPOINTS / "step-00000020")
     texts, counts = zip(*row["pieces"], strict=True)
     assert row["layers"] == len(model.routers) == 1
     assert "".join(texts) == row["text"]  # the prompt is the mark between documents, which is no text
     ids = [tokenizer.eos_id, *tokenizer.encode(row["text"])]
     if len(ids) == 1 + len(counts):  # each byte by itself, none of which needed a repair
-        assert tokens_used(model, ids)[1:] == list(counts)
+        assert layers_per_token(model, ids)[1:] == list(counts)
     page = Page((run / "report.html").read_text())
     shades = [int(v) for tag, name, value in page.attributes if (tag, name) == ("span", "title") for v in value[:1]]
     assert shades[2 : 2 + len(counts)] == list(counts)  # after the legend's 0 and 1
@@ -618,7 +619,7 @@ def asked_of(folder: Path) -> set[str]:
 @pytest.mark.parametrize("made", [write_run, write_hostile])
 def test_a_browser_has_nothing_to_complain_about_and_asks_nobody(made, tmp_path: Path):
     run = made(tmp_path / "run")
-    report.attempt(run)
+    report.write_report(run)
     dom, console = browse(tmp_path, run / "report.html")
     assert console == ""
     assert "<figure" in dom
@@ -658,7 +659,7 @@ HELPERS = """
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_shows_values_zooms_hides_and_changes_its_axes(tmp_path: Path):
     run = write_run(tmp_path / "run")
-    answers, dom = scripted(tmp_path, report.html_of(read_run(run)), HELPERS + """
+    answers, dom = scripted(tmp_path, report.run_page(read_run(run)), HELPERS + """
       const [loss, rate] = charts, button = document.querySelector(".legend button");
       point(rate, "pointermove", 30); answers.tip = rate.plot.querySelector(".tip").textContent;
       point(loss, "pointerdown", 20); point(loss, "pointermove", 40); point(loss, "pointerup", 40); frame();
@@ -695,7 +696,7 @@ def test_the_numbers_that_the_script_makes_are_right(tmp_path: Path):
     runs_of = [read_run(write_run(tmp_path / f"r{seed}", seed=seed, steps=60 + seed)) for seed in (3, 1, 2)]
     ends = [[0, 1], [2.9, 7.7], [-3, 40], [1e-9, 3e-9], [0, 123_456_789], [0.997, 1.001]]
     values = [0, 3.73036, 1234, 12_345, 1_228_800, 4e-4, 0.004, -0.5, 99.96, 3e13]
-    answers, _ = scripted(tmp_path, report.comparison(runs_of), HELPERS + f"""
+    answers, _ = scripted(tmp_path, report.comparison_page(runs_of), HELPERS + f"""
       answers.ticks = {ends}.map(([low, high]) => ticks(low, high, 5));
       answers.decades = [ticks(0.5, 2e4, 5, true), ticks(0.05, 3, 5, true)];
       answers.short = {values}.map(value => short(value, 4));
@@ -727,7 +728,10 @@ def test_the_numbers_that_the_script_makes_are_right(tmp_path: Path):
 def test_nothing_scrolls_sideways(tmp_path: Path, width: int):
     """In a frame of that width, for no window of Chromium is as narrow as a phone."""
     run = write_run(tmp_path / "run", **{"data.train": json.dumps(["/a/long/path" * 9])})
-    texts = [report.html_of(read_run(run)), report.comparison([read_run(run), read_run(write_hostile(tmp_path / "h"))])]
+    texts = [
+        report.run_page(read_run(run)),
+        report.comparison_page([read_run(run), read_run(write_hostile(tmp_path / "h"))]),
+    ]
     for text in texts:
         inner = html.escape(text.encode("utf-8", "backslashreplace").decode())
         frame = f'<title></title><body><iframe srcdoc="{inner}" width="{width}" height="900"></iframe></body>'

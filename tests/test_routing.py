@@ -19,13 +19,13 @@ from model import GPT, KVCache, beam_search, generate
 from nanoqwen import routing
 from nanoqwen.routing import (
     RoutingConfig,
-    at_step,
     build_model,
     layers_used,
     penalty_weights,
-    routed_by,
     routed_layers,
-    top,
+    routing_mode,
+    select_top,
+    set_step,
 )
 
 KINDS = ("mod", "dtf", "tdtf")
@@ -49,7 +49,7 @@ def model(kind: str, *, layers: int = 4, seed: int = 0, shape: dict | None = Non
                 p.mul_(10)
             elif not name.startswith("routers."):
                 p.add_(torch.randn_like(p) * 0.1)
-        with routed_by(gpt, "calibrate"):
+        with routing_mode(gpt, "calibrate"):
             gpt(tokens(seed=9))
     return gpt
 
@@ -71,7 +71,7 @@ def thresholds(gpt: GPT) -> dict[int, float]:
 
 @torch.no_grad()
 def run(gpt: GPT, ids: Tensor, mode: str = "auto", **more):
-    with routed_by(gpt, mode):
+    with routing_mode(gpt, mode):
         return gpt(ids, **more)
 
 
@@ -350,7 +350,7 @@ def test_nothing_selected_is_the_identity_and_costs_no_block(kind: str, monkeypa
     called = []
     for layer in (1, 3):
         gpt.model.layers[layer].register_forward_pre_hook(lambda *_: called.append(1))
-    with routed_by(gpt, "none"):
+    with routing_mode(gpt, "none"):
         last, cache = cached(gpt, ids, [5, *[1] * 12])
     torch.testing.assert_close(last[:, -1], full[:, -1], rtol=0, atol=1e-5)
     assert not called
@@ -371,7 +371,7 @@ def test_topk_and_a_cache_are_refused_together():
 def test_inv_07_each_row_has_its_number_of_tokens_in_their_order(kind: str, lengths: list[int] | None):
     score = torch.randn(B, T).round(decimals=1)  # with ties
     valid = None if lengths is None else torch.arange(T) < torch.tensor(lengths)[:, None]
-    chosen = top(score, valid, 0.3)
+    chosen = select_top(score, valid, 0.3)
     for row, count in enumerate(lengths or [T] * B):
         k = min(count, max(1, int(0.3 * count + 1e-6)))
         real = chosen.index[row] if chosen.real is None else chosen.index[row][chosen.real[row]]
@@ -383,7 +383,7 @@ def test_inv_07_each_row_has_its_number_of_tokens_in_their_order(kind: str, leng
 
 
 def test_equal_scores_go_to_the_first_tokens():
-    assert top(torch.zeros(2, 8), None, 0.5).index.tolist() == [[0, 1, 2, 3]] * 2
+    assert select_top(torch.zeros(2, 8), None, 0.5).index.tolist() == [[0, 1, 2, 3]] * 2
 
 
 @each_kind
@@ -473,7 +473,7 @@ def test_inv_24_the_operator_and_its_gradients_equal_those_of_a_mask_over_all_to
         x = torch.randn(B, T, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
         gate = torch.rand(B, T, generator=torch.Generator().manual_seed(3)).requires_grad_()
         ctx = gpt._context(ids, [T] * B)
-        chosen = top(x.sum(-1), None, share)
+        chosen = select_top(x.sum(-1), None, share)
         if fast:
             out = routing.apply_to_selected(block, x, chosen, gate, ctx)
         else:
@@ -519,15 +519,15 @@ def test_what_lies_behind_the_last_target_of_a_row_is_padding(kind: str):
 def test_inv_17_slots_are_in_the_order_of_their_tokens(kind: str, monkeypatch: pytest.MonkeyPatch):
     gpt, ids = model(kind), tokens()
     right = run(gpt, ids, "topk").logits
-    sorted_top = routing.top
+    sorted_top = routing.select_top
 
     def shuffled(*arguments):
         chosen = sorted_top(*arguments)
         return chosen._replace(index=chosen.index.flip(1))
 
-    monkeypatch.setattr(routing, "top", shuffled)
+    monkeypatch.setattr(routing, "select_top", shuffled)
     assert float((run(gpt, ids, "topk").logits - right).abs().max()) > 1e-2  # a missing sort would be seen
-    monkeypatch.setattr(routing, "top", lambda rank, *rest: sorted_top(3 * rank - 1, *rest))
+    monkeypatch.setattr(routing, "select_top", lambda rank, *rest: sorted_top(3 * rank - 1, *rest))
     torch.testing.assert_close(run(gpt, ids, "topk").logits, right, rtol=0, atol=1e-6)
 
 
@@ -766,7 +766,7 @@ def test_capacity_falls_from_one_in_a_warm_up():
     gpt = model("mod", capacity=0.5, capacity_warmup=0.1)
     found = []
     for step in (0, 5, 10, 50):
-        at_step(gpt, step, 100)
+        set_step(gpt, step, 100)
         found.append(gpt.routers["1"].capacity)
     assert found == pytest.approx([1.0, 0.75, 0.5, 0.5])
 
@@ -776,7 +776,7 @@ def test_scheduled_betas_are_functions_of_the_step_and_kept(mode: str, half: flo
     gpt = model("dtf", beta_mode=mode, beta_warmup=20)
     found = []
     for step in (0, 20, 60, 100):
-        at_step(gpt, step, 100)
+        set_step(gpt, step, 100)
         found.append(float(gpt.routers["1"].surprise_router.beta_ce))
     assert found == pytest.approx([0.3, 0.3, half, 6.0])
     assert gpt.state_dict()["routers.1.surprise_router.beta_ce"].item() == pytest.approx(6.0)

@@ -16,7 +16,7 @@ from model import GPT, ModelConfig
 from nanoqwen import optim
 from nanoqwen.config import load_config
 from nanoqwen.distributed import World
-from nanoqwen.routing import RoutingConfig, build_model, mean_stats, penalty_weights, routed_by
+from nanoqwen.routing import RoutingConfig, build_model, mean_stats, penalty_weights, routing_mode
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 ROWS, LENGTH, HELD_OUT = 8, 96, 1024  # of a step; of a row in bytes; rows of each half of the held-out text
@@ -57,7 +57,7 @@ def trained(kind: str, seed: int, steps: int, **more) -> GPT:
 def held_out(gpt: GPT) -> tuple[dict[str, float], float]:
     """(statistics of the causal routers, share that they compute once calibrated on other held-out text)"""
     ids = rows(text("zipfile.py", "difflib.py"), 2 * HELD_OUT, torch.Generator().manual_seed(99))[:, :-1]
-    with routed_by(gpt, "calibrate"):
+    with routing_mode(gpt, "calibrate"):
         gpt(ids[:HELD_OUT])
     used = mean_stats(gpt(ids[HELD_OUT:]).stats)["mean/selected_fraction"]
     return judged(gpt, ids[-256:]), float(used)
@@ -66,7 +66,7 @@ def held_out(gpt: GPT) -> tuple[dict[str, float], float]:
 @torch.no_grad()
 def judged(gpt: GPT, ids: Tensor) -> dict[str, float]:
     """Statistics of the causal routers beside the selection that they are to predict."""
-    with routed_by(gpt, "topk"):
+    with routing_mode(gpt, "topk"):
         return {name: float(value) for name, value in mean_stats(gpt(ids).stats).items()}
 
 

@@ -34,12 +34,12 @@ from nanoqwen.errors import ConfigError
 from nanoqwen.lora import LoraConfig, apply_lora, lora_state
 from nanoqwen.routing import (
     RoutingConfig,
-    at_step,
     build_model,
     flops_per_token,
+    layers_per_token,
     penalty_weights,
-    routed_by,
-    tokens_used,
+    routing_mode,
+    set_step,
 )
 from nanoqwen.runfolder import verify
 from nanoqwen.tokenizer import load_tokenizer
@@ -233,7 +233,7 @@ def test_inv_21_a_checkpoint_is_the_model(done: tuple[str, Path]):
         assert float(router.causal_router.threshold) == told[f"val/router/{router.layer}/threshold"] != 0.5
         if kind != "mod":
             expected = model(kind, beta_mode="linear")
-            at_step(expected, 19, 20)
+            set_step(expected, 19, 20)
             assert float(router.surprise_router.beta_ce) == float(expected.routers["1"].surprise_router.beta_ce)
     row = [row for row in runs.lines(run / "metrics.jsonl") if row.get("step") == 20 and "val/loss" in row][-1]
     cfg = load_config([str(run / "config.yaml")], "train")
@@ -318,7 +318,7 @@ def test_inv_19_at_full_capacity_a_converted_model_is_the_published_one(kind: st
     folder, ids, expected = qwen
     gpt, _ = load_model(folder, dtype=torch.float32, routing=RoutingConfig(kind=kind, capacity=1.0, gate=gate))
     assert gpt.routing.kind == kind
-    with torch.no_grad(), routed_by(gpt, "topk"):
+    with torch.no_grad(), routing_mode(gpt, "topk"):
         torch.testing.assert_close(gpt(ids).logits, expected, rtol=0, atol=1e-5)
 
 
@@ -358,7 +358,7 @@ def test_a_routed_folder_keeps_its_routing_and_takes_no_other(kind: str, tmp_pat
 
 def test_routers_stay_precise_in_narrow_weights(tmp_path: Path):
     gpt = model("dtf").eval()
-    with routed_by(gpt, "calibrate"), torch.no_grad():
+    with routing_mode(gpt, "calibrate"), torch.no_grad():
         gpt(batch().tokens)
     export(gpt, None, tmp_path / "narrow", torch.bfloat16)
     again, _ = load_model(tmp_path / "narrow", dtype=torch.bfloat16)
@@ -520,8 +520,8 @@ def test_the_benchmark_prints_a_row_for_each_variant(capsys: pytest.CaptureFixtu
 
 def test_a_picture_of_a_text_is_its_text_with_a_shade_for_each_piece():
     pieces = [("def", 0), (" add\n", 2), ("(", 2), ("\x1b[2J", 1)]
-    assert infer.shaded(pieces, 2, colour=False) == "[0]def[2] add\n([1]\x1b[2J"
-    picture = infer.shaded(pieces, 2, colour=True)
+    assert infer.shade(pieces, 2, colour=False) == "[0]def[2] add\n([1]\x1b[2J"
+    picture = infer.shade(pieces, 2, colour=True)
     assert re.sub(r"\x1b\[[0-9;]*m", "", picture).count("\x1b") == 0  # what the text brings is spelled out
     assert re.findall(r"48;5;(\d+)m", picture) == ["234", "254", "254", "244"]
     assert re.sub(r"\x1b\[[0-9;]*m", "", picture).startswith("def add\n(")
@@ -530,14 +530,14 @@ def test_a_picture_of_a_text_is_its_text_with_a_shade_for_each_piece():
 def test_infer_shows_where_a_model_computes(tmp_path: Path):
     torch.manual_seed(0)
     gpt = build_model(tiny.config(vocab_size=259, num_hidden_layers=4), RoutingConfig(kind="mod", capacity=0.5))
-    with routed_by(gpt.eval(), "calibrate"), torch.no_grad():
+    with routing_mode(gpt.eval(), "calibrate"), torch.no_grad():
         gpt(torch.randint(259, (1, 64)))
     export(gpt, load_tokenizer("bytes"), tmp_path / "model")
     shown = run_infer(tmp_path / "model", "--show_routing", "--prompt", "naïve text", "--max_new_tokens", "0")
     assert re.sub(r"\[\d\]", "", shown.stdout) == "naïve text\n"
     assert "of 2 routed layers: [0] 0 [1] 1 [2] 2" in shown.stderr
     ids = load_tokenizer("bytes").encode("naïve text")
-    used = tokens_used(gpt, ids)
+    used = layers_per_token(gpt, ids)
     assert f"computed {100 * sum(used) / 2 / len(used):.1f} %" in shown.stderr
     more = run_infer(tmp_path / "model", "--show_routing", "--prompt", "naïve text", "--max_new_tokens", "5")
     assert f"{len(ids) + 5} tokens" in more.stderr

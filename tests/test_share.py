@@ -312,7 +312,7 @@ def test_text_of_a_run_stays_inert(text: str, tmp_path: Path, monkeypatch: pytes
             {"step": 1, "config": {"data": {"train": [value]}}}, {"command": [value] * 2}, [], {}
         )
         monkeypatch.setattr(card_module, "origin_of", lambda _, origin=origin: origin)
-        cards.append(card_module.card(value, run, model, None))
+        cards.append(card_module.model_card(value, run, model, None))
     front = yaml.safe_load(cards[0].split("\n---\n")[0].removeprefix("---\n"))
     assert front["model_name"].strip() == card_module.one_line(card_module.redact(text)).strip()
     assert front.keys() == {"library_name", "pipeline_tag", "model_name", "tags"}

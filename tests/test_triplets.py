@@ -21,7 +21,7 @@ from corpora import ROOT
 import finetune
 from data import IGNORE
 from nanoqwen.builtin import INJECTIONS, TEST_ROWS, TRAIN_ROWS, triplets
-from nanoqwen.chat import Audit, packed, render_chat
+from nanoqwen.chat import Audit, pack_lengths, render_chat
 from nanoqwen.config import ContrastConfig
 from nanoqwen.errors import DataError
 from nanoqwen.injection.triplets import (
@@ -35,17 +35,17 @@ from nanoqwen.injection.triplets import (
     Triplet,
     TripletBatches,
     area_under_curve,
-    batch_of,
     check_triplets,
     families,
+    fixed_sample,
     numbered,
     prepare_triplets,
     read_triplets,
     row_width,
     split_triplets,
-    spread,
-    tokenised,
+    tokenise_triplet,
     triplet,
+    triplet_batch,
     triplet_windows,
     validate,
 )
@@ -88,7 +88,9 @@ def split(source: str, **options: Any) -> tuple[list[Triplet], list[Triplet]]:
 
 
 def items_of(rows: list[Row], size: int = 10_000, tokenizer: Tokenizer = BYTES) -> list[Tokenised]:
-    return [tokenised(triplet(each, f"here:{number}"), tokenizer, size) for number, each in enumerate(rows, start=1)]
+    return [
+        tokenise_triplet(triplet(each, f"here:{number}"), tokenizer, size) for number, each in enumerate(rows, start=1)
+    ]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -517,7 +519,7 @@ def test_streams_are_the_chat_of_the_same_messages(name: str, context: str | Non
     for number, user in enumerate(USERS):
         answers = {"answer": f"a {user}", "answer_cf": "b", "answer_injection": "é\n"}
         each = made(user=user, user_cf=USERS[number - 1], user_injection=f"{user} boo", context=context, **answers)
-        for stream, found in enumerate(tokenised(each, tokenizer, 10_000).streams):
+        for stream, found in enumerate(tokenise_triplet(each, tokenizer, 10_000).streams):
             ask = each.messages(stream)
             told = [*ask, {"role": "assistant", "content": each.answers[stream]}]
             ids, mask = render_chat(told, tokenizer)
@@ -549,7 +551,7 @@ def test_a_request_is_represented_by_exactly_the_users_text(context: str | None)
     """The pooled representation was once dominated by the shared system text: stability 0.998 before any training."""
     for number, user in enumerate(USERS):
         each = made(user=user, user_cf=USERS[number - 1], user_injection=f"{user} boo", context=context, system=user)
-        for stream, found in enumerate(tokenised(each, BYTES, 10_000).streams):
+        for stream, found in enumerate(tokenise_triplet(each, BYTES, 10_000).streams):
             assert pooled_text(found, BYTES) == as_utf8(each.users[stream], BYTES)
             at = np.flatnonzero(found.pooled)
             assert at.tolist() == [*range(at[0], at[-1] + 1)]
@@ -562,7 +564,7 @@ def test_with_merges_a_token_across_the_border_belongs_to_the_user(bpe: Tokenize
     for context in (None, "the context", "user"):
         for user in USERS:
             each = made(user=user, context=context)
-            found = pooled_text(tokenised(each, bpe, 10_000).streams[0], bpe)
+            found = pooled_text(tokenise_triplet(each, bpe, 10_000).streams[0], bpe)
             text = as_utf8(user, bpe)
             assert found.endswith(text)
             assert found.removesuffix(text).strip(b"\n") == b""
@@ -573,7 +575,7 @@ def test_with_merges_a_token_across_the_border_belongs_to_the_user(bpe: Tokenize
 def test_nfc_changes_neither_the_borders_nor_the_text(bpe: Tokenizer):
     assert bpe.nfc
     each = made(user="cafe\u0301 e\u0301e\u0301", context="caf\u0065\u0301")
-    assert pooled_text(tokenised(each, bpe, 999).streams[0], bpe).decode() == "caf\u00e9 \u00e9\u00e9"
+    assert pooled_text(tokenise_triplet(each, bpe, 999).streams[0], bpe).decode() == "caf\u00e9 \u00e9\u00e9"
 
 
 def test_a_long_prompt_loses_its_middle_and_never_the_system_text_or_the_answer():
@@ -585,7 +587,7 @@ def test_a_long_prompt_loses_its_middle_and_never_the_system_text_or_the_answer(
         system = "s" * rng.randint(0, 20)
         each = made(user=user, context=context, system=system, answer="y" * rng.randint(1, 20))
         size = rng.randint(40, 200)
-        whole, found = tokenised(each, BYTES, 10_000), tokenised(each, BYTES, size)
+        whole, found = tokenise_triplet(each, BYTES, 10_000), tokenise_triplet(each, BYTES, size)
         fixed = len(render_chat([*each.messages(0)[:1], {"role": "user", "content": ""}], BYTES, generate=True)[0])
         if found is None:
             assert max(fixed + len(each.answers[0]) + 1 + 1, 0) > size
@@ -615,7 +617,7 @@ def test_a_long_prompt_loses_its_middle_and_never_the_system_text_or_the_answer(
 
 def test_of_a_long_context_the_question_is_left():
     each = made(user="What is it about?", context="word " * 500)
-    found = tokenised(each, BYTES, 300).streams[0]
+    found = tokenise_triplet(each, BYTES, 300).streams[0]
     assert found.cut
     assert pooled_text(found, BYTES) == b"What is it about?"
 
@@ -625,7 +627,7 @@ def test_what_cannot_fit_is_none(size: int):
     """System text, answer and all markers take 64 tokens here; a request of one is the least."""
     each = made(user="u" * 50, user_cf="v" * 50, user_injection="w" * 50, answer="a" * 10)
     least = 1 + len(b"system\nAnswer.") + 2 + 1 + len(b"user\n") + 2 + 1 + len(b"assistant\n") + 10 + 1
-    assert (tokenised(each, BYTES, size) is None) == (size < least + 1)
+    assert (tokenise_triplet(each, BYTES, size) is None) == (size < least + 1)
 
 
 def test_cut_rows_and_those_that_do_not_fit_are_counted(tmp_path: Path):
@@ -671,7 +673,7 @@ def test_golden_batch():
     assert [s.example.ids.tolist() for s in (one.streams[0], one.streams[1], two.streams[0])] == [first, second, third]
     a, b, c = map(len, (first, second, third))
     width = a + b + 5
-    batch = batch_of([one, two], [[0, 1], [3]], width, (1.0, 0.5, 2.0))
+    batch = triplet_batch([one, two], [[0, 1], [3]], width, (1.0, 0.5, 2.0))
     assert batch.tokens[0].tolist() == [*first, *second, *[END] * 5]
     assert batch.tokens[1].tolist() == [*third, *[END] * (width - c)]
     out = [IGNORE]
@@ -701,13 +703,13 @@ def test_golden_batch():
 
 def test_rows_without_a_stream_are_filled_and_train_nothing():
     found = items(2)
-    batch = batch_of(found, [[0, 1, 2], [], [3]], 600, (1.0, 1.0, 1.0))
+    batch = triplet_batch(found, [[0, 1, 2], [], [3]], 600, (1.0, 1.0, 1.0))
     assert batch.tokens[1].tolist() == [END] * 600
     assert (batch.targets[1] == IGNORE).all()
     assert (batch.streams[1] == IGNORE).all()
     assert not batch.weights[1].any()
     assert batch.documents[1].tolist() == [0] * 600
-    assert [tuple(part.shape) for part in batch_of(found, [], 600, (1, 1, 1))[:5]] == [(0, 600)] * 5
+    assert [tuple(part.shape) for part in triplet_batch(found, [], 600, (1, 1, 1))[:5]] == [(0, 600)] * 5
 
 
 def streams_of(batch: Any) -> list[list[int]]:
@@ -838,7 +840,7 @@ def test_no_step_could_have_held_the_next_triplet():
     batches = TripletBatches(found, 300, 3, seed=2)
     for step in range(10):
         members = [*batches._plan(step)[0], batches._plan(step + 1)[0][0]]
-        assert len(packed([length for n in members for length in found[n].lengths], 300)) > 3
+        assert len(pack_lengths([length for n in members for length in found[n].lengths], 300)) > 3
 
 
 def test_wasted_positions_stay_below_a_tenth_on_the_built_in_set():
@@ -927,17 +929,17 @@ def test_evaluation_windows_hold_whole_triplets():
 
 def test_spread_keeps_the_order_and_takes_none_twice():
     for count in (1, 2, 7, 50, 99):
-        found = spread(range(50), count)
+        found = fixed_sample(range(50), count)
         assert len(found) == min(count, 50)
         assert found == sorted(set(found))
-    assert spread(range(50), 7) == spread(range(50), 7)
-    assert spread([], 3) == []
+    assert fixed_sample(range(50), 7) == fixed_sample(range(50), 7)
+    assert fixed_sample([], 3) == []
 
 
 @pytest.mark.parametrize("count", [60, 100, 150, 300])
 def test_a_part_of_the_rows_has_every_kind_of_them(count: int):
     """Rows at equal distances met the period of the built-in set: 150 of them were all one task, 25 one attack too."""
-    found = spread(read(INJECTIONS_TEST), count)
+    found = fixed_sample(read(INJECTIONS_TEST), count)
     attacks = Counter(each.attack.type for each in found)
     task_of = {each["id"]: each["task"] for each in triplets(test=True)}
     tasks = Counter(task_of[each.id] for each in found)

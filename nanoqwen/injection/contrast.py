@@ -95,7 +95,7 @@ def infonce(z: Tensor, groups: Tensor, complete: Tensor, temperature: float) -> 
 
 
 @torch.no_grad()
-def figures(z: Tensor, groups: Tensor, complete: Tensor) -> dict[str, Tensor]:
+def contrast_metrics(z: Tensor, groups: Tensor, complete: Tensor) -> dict[str, Tensor]:
     """The metrics that are logged, in training and validation alike.
 
     | name                    | formula                                               | better |

@@ -11,31 +11,31 @@ from nanoqwen.chat import Audit
 from nanoqwen.config import Config
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, DataError, escape_terminal
-from nanoqwen.evaluate import figures_file, json_text, recorded, source_folder
+from nanoqwen.evaluate import json_text, recorded_config, results_file, source_folder
 from nanoqwen.files import write_atomic
 from nanoqwen.injection.contrast import ProjectionHead, load_head
 from nanoqwen.injection.score import (
     BENIGN,
     INJECTED,
-    Calibration,
     Detection,
+    DetectorCheck,
+    Rate,
     Score,
-    Share,
     Verdict,
-    calibrate,
+    check_detectors,
     detect,
     examine,
-    represented,
+    representations,
     score,
 )
 from nanoqwen.injection.triplets import (
     INJECTIONS_TEST,
     Tokenised,
     Triplet,
+    fixed_sample,
+    overlaps,
     read_triplets,
-    spread,
-    straddling,
-    tokenised,
+    tokenise_triplet,
 )
 from nanoqwen.lora import without_lora
 from nanoqwen.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class Source(NamedTuple):
 
 def source_of(cfg: Config) -> Source:
     folder = source_folder(cfg)
-    run = recorded(folder)
+    run = recorded_config(folder)
     recorded_base = run.get("finetune", {}).get("base_ckpt")
     base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else recorded_base)
     if base is None:
@@ -78,7 +78,7 @@ def test_rows(cfg: Config, source: Source) -> tuple[list[Triplet], list[Triplet]
     rows = list(read_triplets(cfg.contrast, test_sources(cfg), "eval.data", audit))
     for reason, count in audit.dropped.items():
         print(f"{reason:<9}  {count:,} rows left out ({'; '.join(audit.places[reason])})")
-    rows = spread(rows, cfg.eval.limit or len(rows))
+    rows = fixed_sample(rows, cfg.eval.limit or len(rows))
     if not rows:
         raise DataError(f"eval.data: {', '.join(test_sources(cfg))}: expected triplets, got none")
     if not source.is_recorded:
@@ -86,16 +86,16 @@ def test_rows(cfg: Config, source: Source) -> tuple[list[Triplet], list[Triplet]
     if len({row.users for row in rows}) < len(rows):
         print("warning    some rows are duplicates: the intervals are too narrow")
     trained = list(read_triplets(cfg.contrast, source.trained_on, "contrast.train", Audit()))
-    leaks = straddling(trained, rows)
+    leaks = overlaps(trained, rows)
     if leaks:
         raise DataError(f"eval.data: not independent of what the model was trained on: {leaks[0]}")
-    return rows, spread(trained, REFERENCE_ROWS)
+    return rows, fixed_sample(trained, REFERENCE_ROWS)
 
 
 def tokenised_rows(rows: Sequence[Triplet], tokenizer: Tokenizer | None, room: int) -> list[Tokenised]:
     if tokenizer is None:
         raise ConfigError("eval.ckpt: expected models with a tokenizer each, got one without")
-    items = [tokenised(row, tokenizer, room) for row in rows]
+    items = [tokenise_triplet(row, tokenizer, room) for row in rows]
     if None in items:
         raise DataError(f"{rows[items.index(None)].where}: does not fit into {room} tokens, which the context leaves")
     return items
@@ -112,7 +112,7 @@ GROUPS: dict[str, Callable[[Triplet], bool]] = {
 
 
 class Report(NamedTuple):
-    calibration: Calibration
+    calibration: DetectorCheck
     verdicts: dict[str, list[Verdict]]  # by model: base, LoRA off (of an adapter), fine-tuned
     detection: dict[str, Detection]  # by group of rows; empty without a head
     cut: dict[str, int]  # by model: requests that lost their middle, maybe with the attack
@@ -146,7 +146,7 @@ def acceptance(report: Report) -> dict[str, bool]:
 
 def run_suite(cfg: Config, source: Source) -> Report:
     rows, training_rows = test_rows(cfg, source)
-    calibration = calibrate(rows)
+    calibration = check_detectors(rows)
     print(f"detectors  {calibration}")
     if not calibration.sound:
         raise DataError(f"eval.data: the detectors cannot be trusted on these rows, nothing is reported: {calibration}")
@@ -179,11 +179,11 @@ def detect_by_group(
         return {}
     head = head.to(next(model.parameters()).device)
     room = model.cfg.context
-    references = [item for item in (tokenised(row, tokenizer, room) for row in training_rows) if item]
+    references = [item for item in (tokenise_triplet(row, tokenizer, room) for row in training_rows) if item]
     if not references:
         return {}
-    known = represented(model, head, references)[0]
-    z = represented(model, head, tokenised_rows(rows, tokenizer, room))[0]
+    known = representations(model, head, references)[0]
+    z = representations(model, head, tokenised_rows(rows, tokenizer, room))[0]
     members = {name: [index for index, row in enumerate(rows) if belongs(row)] for name, belongs in GROUPS.items()}
     return {name: detect(known, z[:, BENIGN], z[indices, INJECTED]) for name, indices in members.items() if indices}
 
@@ -198,7 +198,7 @@ UTILITY_ROWS: dict[str, Callable[[Score], str]] = {
 }
 
 
-def table(report: Report) -> str:
+def injection_table(report: Report) -> str:
     """Markdown, in per cent with 95 % intervals."""
     scores = {name: by_group(verdicts) for name, verdicts in report.verdicts.items()}
     lines = [f"| attack success, % | rows | {' | '.join(scores)} |", "| --- | --- |" + " --- |" * len(scores)]
@@ -222,8 +222,8 @@ def verdict_of(criteria: dict[str, bool]) -> str:
 
 
 def score_json(score: Score) -> dict[str, Any]:
-    def value_json(value: Share | float) -> Any:
-        if isinstance(value, Share):
+    def value_json(value: Rate | float) -> Any:
+        if isinstance(value, Rate):
             return {"count": value.count, "of": value.of, "value": value.value, "interval": value.interval}
         return value
 
@@ -261,9 +261,9 @@ def report_json(report: Report, source: Source, cfg: Config) -> dict[str, Any]:
 
 def injection_suite(cfg: Config) -> None:
     source = source_of(cfg)
-    output = figures_file(cfg, source.folder, "injection.json")
+    output = results_file(cfg, source.folder, "injection.json")
     report = run_suite(cfg, source)
-    print(escape_terminal(table(report)))
+    print(escape_terminal(injection_table(report)))
     print(verdict_of(acceptance(report)))
     write_atomic(output, json_text(report_json(report, source, cfg)))
     print(f"wrote {output}")

@@ -30,15 +30,15 @@ from torch import Tensor
 
 from data import IGNORE, Batch, Batches, pack_rows, random_key, shuffled, split_rows
 from nanoqwen.builtin import INJECTIONS, triplets
-from nanoqwen.chat import Audit, Example, ExampleReader, chat_turns, packed
+from nanoqwen.chat import Audit, Example, ExampleReader, chat_turns, pack_lengths
 from nanoqwen.config import ContrastConfig, DataConfig
 from nanoqwen.corpus import (
     BadRow,
     Input,
+    describe_error,
     expand,
     listed,
     normalized,
-    reason,
     split_by_hash,
     text_field,
     type_name,
@@ -170,8 +170,8 @@ class TripletReader(ExampleReader):
         bad = self.audit.dropped.get("malformed", 0) + 1
         if bad > self.most_bad:
             excess = f" (bad row number {bad}, contrast.max_bad_rows is {self.most_bad})" if self.most_bad else ""
-            raise DataError(f"{item.name}:{row}: {reason(error)}{excess}")
-        self.leave_out("malformed", f"{item.name}:{row}: {reason(error)}")
+            raise DataError(f"{item.name}:{row}: {describe_error(error)}{excess}")
+        self.leave_out("malformed", f"{item.name}:{row}: {describe_error(error)}")
 
 
 def read_triplets(cfg: ContrastConfig, sources: Sequence[str], key: str, audit: Audit) -> Iterator[Triplet]:
@@ -224,7 +224,7 @@ def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> fl
     return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * len(negative)))
 
 
-def straddling(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[str]:
+def overlaps(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[str]:
     """What is on both sides of a split, which makes results on one side say nothing about the other."""
     overlaps = []
     groups = {row.group for row in train} & {row.group for row in val}
@@ -243,7 +243,7 @@ def _requests(row: Triplet) -> list[bytes]:
 
 def validate(train: Sequence[Triplet], val: Sequence[Triplet]) -> list[Finding]:
     """What makes results on these rows worthless, and what may."""
-    problems, rows = straddling(train, val), [*train, *val]
+    problems, rows = overlaps(train, val), [*train, *val]
     other = [row.where for row in rows if row.answers[0] != row.answers[1] and row.relation != "different_task"]
     if other:
         problems.append(
@@ -312,7 +312,7 @@ class Tokenised(NamedTuple):
         return [len(stream.example.ids) for stream in self.streams]
 
 
-def tokenised(row: Triplet, tokenizer: Tokenizer, size: int) -> Tokenised | None:
+def tokenise_triplet(row: Triplet, tokenizer: Tokenizer, size: int) -> Tokenised | None:
     """The three streams of a triplet, each in at most `size` tokens; None where system text and answer fill that."""
     streams = [_stream(row, number, tokenizer, size) for number in range(3)]
     return None if None in streams else Tokenised(row, tuple(streams))
@@ -393,7 +393,7 @@ def prepare_triplets(cfg: ContrastConfig, tokenizer: Tokenizer, seq_len: int) ->
 def _tokenise(rows: list[Triplet], tokenizer: Tokenizer, seq_len: int, audit: Audit) -> list[Tokenised]:
     items = []
     for row in rows:
-        item = tokenised(row, tokenizer, seq_len)
+        item = tokenise_triplet(row, tokenizer, seq_len)
         if item is None:
             audit.leave_out("too long an answer", row.where)
             continue
@@ -419,7 +419,7 @@ class TripletBatch(NamedTuple):
     groups: Tensor  # int64 [G], of the whole step: equal numbers are rows of one group
 
 
-def batch_of(
+def triplet_batch(
     items: Sequence[Tokenised], slots: Sequence[Sequence[int]], seq_len: int, weights: Sequence[float]
 ) -> TripletBatch:
     """The streams of some triplets in rows. `slots`: numbers of the streams in each row."""
@@ -444,9 +444,9 @@ def numbered(names: Iterable[str]) -> list[int]:
     return [known.setdefault(name, len(known)) for name in names]
 
 
-def fits(lengths: Sequence[int], seq_len: int, rows: int) -> bool:
+def fits_into_step(lengths: Sequence[int], seq_len: int, rows: int) -> bool:
     """Whether a step of `rows` x `seq_len` positions has room for a triplet."""
-    return max(lengths) <= seq_len and len(packed(lengths, seq_len)) <= rows
+    return max(lengths) <= seq_len and len(pack_lengths(lengths, seq_len)) <= rows
 
 
 class TripletBatches(Batches):
@@ -463,7 +463,7 @@ class TripletBatches(Batches):
         self.items, self.seq_len, self.rows, self.seed, self.weights = items, seq_len, rows, seed, tuple(weights)
         self.lengths = np.array([item.lengths for item in items])
         for item, lengths in zip(items, self.lengths.tolist(), strict=True):
-            if not fits(lengths, seq_len, rows):
+            if not fits_into_step(lengths, seq_len, rows):
                 need = f"{item.row.where}: its three prompts of {lengths} tokens"
                 raise DataError(f"{need} do not fit into a step of {rows} x {seq_len} tokens (finetune.batch_tokens)")
         digest = hashlib.sha256(repr((seq_len, self.weights)).encode())
@@ -498,7 +498,7 @@ class TripletBatches(Batches):
 
     def make(self, step: int) -> TripletBatch:
         members, slots = self._plan(step)
-        return batch_of([self.items[member] for member in members], slots, self.seq_len, self.weights)
+        return triplet_batch([self.items[member] for member in members], slots, self.seq_len, self.weights)
 
     def epoch(self, step: int) -> float:
         """How often, at the start of `step`, as many triplets have come as there are."""
@@ -512,7 +512,7 @@ class TripletBatches(Batches):
     def _plan(self, step: int) -> tuple[list[int], list[list[int]]]:
         """(the triplets of a step, the streams in each of its rows)"""
         members = self._members(self._start(step), self._start(step + 1))
-        slots = packed(self.lengths[members].flatten().tolist(), self.seq_len)
+        slots = pack_lengths(self.lengths[members].flatten().tolist(), self.seq_len)
         return members, slots + [[] for _ in range(self.rows - len(slots))]
 
     def _fitting(self, first: int) -> int:
@@ -521,7 +521,7 @@ class TripletBatches(Batches):
         most = room // int(self.lengths.sum(1).min()) + 1
         lengths = self.lengths[self._members(first, first + most)]
         count = int(np.searchsorted(lengths.sum(1).cumsum(), room, "right"))
-        while len(packed(lengths[:count].flatten().tolist(), self.seq_len)) > self.rows:
+        while len(pack_lengths(lengths[:count].flatten().tolist(), self.seq_len)) > self.rows:
             count -= 1
         return count
 
@@ -550,20 +550,20 @@ def row_width(items: Sequence[Tokenised], seq_len: int, rows: int, most: int) ->
     within `most` tokens. The number of ranks plays no part, because the width decides what is in a step.
     """
     factors = [times for times in range(1, rows + 1) if rows % times == 0 and times * seq_len <= most]
-    factors = [t for t in factors if all(fits(item.lengths, t * seq_len, rows // t) for item in items)] or [1]
+    factors = [t for t in factors if all(fits_into_step(item.lengths, t * seq_len, rows // t) for item in items)] or [1]
     padding = {times * seq_len: TripletBatches(items, times * seq_len, rows // times).padding for times in factors}
     return next((width for width, fraction in padding.items() if fraction < PADDING), min(padding, key=padding.get))
 
 
 def triplet_windows(items: Sequence[Tokenised], seq_len: int, max_tokens: int, *, rows: int = 8) -> list[Batch]:
     """Rows of packed triplets, as for `data.eval_windows`: a fixed sample of about `max_tokens` positions."""
-    chosen = spread(items, max(1, max_tokens * len(items) // sum(sum(item.lengths) for item in items)))
-    slots = packed([length for item in chosen for length in item.lengths], seq_len)
-    batch = batch_of(chosen, slots, seq_len, (1.0, 1.0, 1.0))
+    chosen = fixed_sample(items, max(1, max_tokens * len(items) // sum(sum(item.lengths) for item in items)))
+    slots = pack_lengths([length for item in chosen for length in item.lengths], seq_len)
+    batch = triplet_batch(chosen, slots, seq_len, (1.0, 1.0, 1.0))
     return split_rows(Batch(*batch[:3]), rows)
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
+def fixed_sample(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count`, in their order: always the same, but at no equal distances, where all may be of one kind."""
     drawn = shuffled(np.arange(min(count, len(items))), len(items), random_key("spread"))
     return [items[number] for number in sorted(drawn.tolist())]

@@ -19,12 +19,21 @@ import yaml
 
 from model import GPT
 from nanoqwen.errors import CheckpointError, one_line
-from nanoqwen.files import read_json_if_any
+from nanoqwen.files import read_json_or_empty
 from nanoqwen.hf_format import OWN_TYPE, model_type
-from nanoqwen.run_reader import rows_of
+from nanoqwen.run_reader import read_jsonl
 from nanoqwen.runfolder import SECRET_TEXT
 from nanoqwen.tokenizer import QWEN2_PATTERN, Tokenizer
-from nanoqwen.weights import ADAPTER_WEIGHTS, HUB_ID, Adapter, exists, is_adapter, read_adapter, resolve, routed_note
+from nanoqwen.weights import (
+    ADAPTER_WEIGHTS,
+    HUB_ID,
+    Adapter,
+    is_adapter,
+    path_exists,
+    read_adapter,
+    resolve,
+    routing_note,
+)
 
 METRICS_SHOWN = 40  # of a report
 UNRECORDED = "Not recorded in the folder that this was made from."
@@ -60,9 +69,9 @@ def origin_of(folder: Path) -> Origin:
         return Origin({}, {}, [], {})
     run = folder.parents[1]
     files = [file for file in sorted(run.glob("*.json")) if file.name not in ("source.json", "status.json")]
-    reports = {file.name: report for file in files if (report := read_json_if_any(file))}
-    metrics = [row for row in rows_of(run / "metrics.jsonl") if type(row.get("step")) is int]
-    return Origin(read_json_if_any(folder / "state.json"), read_json_if_any(run / "source.json"), metrics, reports)
+    reports = {file.name: report for file in files if (report := read_json_or_empty(file))}
+    metrics = [row for row in read_jsonl(run / "metrics.jsonl") if type(row.get("step")) is int]
+    return Origin(read_json_or_empty(folder / "state.json"), read_json_or_empty(run / "source.json"), metrics, reports)
 
 
 # --- text from elsewhere ----------------------------------------------------------------------------------------------
@@ -103,7 +112,7 @@ def _table(*rows: Sequence[str]) -> str:
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def card(
+def model_card(
     name: str,
     source: str | Path,
     model: GPT,
@@ -119,11 +128,11 @@ def card(
     folder = resolve(source)
     origin, bases = origin_of(folder), list(_bases(folder, adapter))
     facts = {
-        "front_matter": _front_matter(name, model, origin, next(filter(on_hub, [str(source), *bases]), None), apart),
+        "front_matter": _front_matter(name, model, origin, next(filter(is_hub_id, [str(source), *bases]), None), apart),
         "name": code_span(name),
         "snippet": snippet(model, tokenizer, chat=bool(origin.base), apart=apart),
         "note": _note(model, tokenizer),
-        "local_base": code_span(adapter.base) if apart and not on_hub(adapter.base) else "",
+        "local_base": code_span(adapter.base) if apart and not is_hub_id(adapter.base) else "",
         **_description(model, adapter if apart else None, dtype),
         **_training(origin, tokenizer),
         "losses": _losses(origin),
@@ -181,23 +190,23 @@ def snippet(model: GPT, tokenizer: Tokenizer | None, *, chat: bool, apart: bool)
     package, loader = ("peft", "AutoPeftModelForCausalLM") if apart else ("transformers", "AutoModelForCausalLM")
     imports, reader, kind = f"from {package} import {loader}", "", "token ids"
     if tokenizer is not None:
-        reader = "AutoTokenizer" if auto_reads(model, tokenizer) else "PreTrainedTokenizerFast"
+        reader = "AutoTokenizer" if autotokenizer_fits(model, tokenizer) else "PreTrainedTokenizerFast"
         imports += f"\nfrom transformers import {reader}" if apart else f", {reader}"
         kind = "chat" if chat and tokenizer.chat_template else "text"
     return Template(snippets[kind]).substitute(imports=imports, loader=loader, reader=reader)
 
 
-def auto_reads(model: GPT, tokenizer: Tokenizer) -> bool:
+def autotokenizer_fits(model: GPT, tokenizer: Tokenizer) -> bool:
     """transformers 5 gives every folder of model_type qwen2 Qwen2's own split pattern and normaliser."""
     return model_type(model) != "qwen2" or (tokenizer.nfc and tokenizer.pattern == QWEN2_PATTERN)
 
 
 def _note(model: GPT, tokenizer: Tokenizer | None) -> str:
     if model.routing:
-        return routed_note(model).rstrip("\n")
+        return routing_note(model).rstrip("\n")
     if model_type(model) == OWN_TYPE:
         return "No class of transformers computes this shape."
-    return f"{AUTOTOKENIZER_NOTE}." if tokenizer is not None and not auto_reads(model, tokenizer) else ""
+    return f"{AUTOTOKENIZER_NOTE}." if tokenizer is not None and not autotokenizer_fits(model, tokenizer) else ""
 
 
 def _training(origin: Origin, tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -274,9 +283,9 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 # --- lineage ----------------------------------------------------------------------------------------------------------
 
 
-def on_hub(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name can only be an id on a hub. A run folder that has been deleted since is none."""
-    return bool(HUB_ID.fullmatch(name)) and not exists(name) and not name.startswith("runs/")
+    return bool(HUB_ID.fullmatch(name)) and not path_exists(name) and not name.startswith("runs/")
 
 
 def _bases(folder: Path, adapter: Adapter | None) -> Iterator[str]:
@@ -287,7 +296,7 @@ def _bases(folder: Path, adapter: Adapter | None) -> Iterator[str]:
         seen.add(base)
         yield base
         try:
-            folder = resolve(base) if exists(base) else None
+            folder = resolve(base) if path_exists(base) else None
             adapter = read_adapter(folder) if folder and is_adapter(folder) else None
         except CheckpointError:
             return
@@ -296,7 +305,7 @@ def _bases(folder: Path, adapter: Adapter | None) -> Iterator[str]:
 
 def _lineage(folder: Path, origin: Origin, adapter: Adapter | None, bases: list[str]) -> dict[str, str]:
     file = ADAPTER_WEIGHTS if adapter else "model.safetensors"
-    manifest = read_json_if_any(folder / "manifest.json").get("files") or {}
+    manifest = read_json_or_empty(folder / "manifest.json").get("files") or {}
     commit, versions = origin.source.get("commit"), origin.source.get("versions")
     changed = " with local changes" if origin.source.get("changes") else ""
     versions = versions if isinstance(versions, dict) else {}

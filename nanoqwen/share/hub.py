@@ -14,7 +14,7 @@ from nanoqwen.errors import CheckpointError, ConfigError, one_line
 from nanoqwen.files import TEMPORARY
 from nanoqwen.hf_format import OWN_TYPE
 from nanoqwen.runfolder import DELETED, SECRET_TEXT
-from nanoqwen.share.card import on_hub, redact
+from nanoqwen.share.card import is_hub_id, redact
 from nanoqwen.weights import ADAPTER_WEIGHTS, BASE_RECORD, is_adapter, load_model, read_adapter, weight_files
 
 # What an exported folder consists of. Anything else beside it stays here.
@@ -50,7 +50,7 @@ def plan_upload(folder: Path) -> UploadPlan:
         command = f"`python checkpoint.py export {shlex.quote(str(folder))} NEW_FOLDER`"
         raise CheckpointError(f"{folder}: {reason}: {command} writes what can be shared")
     if is_adapter(folder):
-        if not on_hub(read_adapter(folder).base):
+        if not is_hub_id(read_adapter(folder).base):
             raise CheckpointError(
                 f"{folder}: its base is a folder of this machine, so others cannot load this adapter: export it with "
                 "--base OWNER/NAME (the id of its base on the hub) or with --merge"
