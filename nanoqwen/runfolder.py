@@ -23,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from model import GPT
 from nanoqwen import files
-from nanoqwen.config import Config
+from nanoqwen.config import Config, flatten, to_dict
 from nanoqwen.errors import ConfigError, DiskError, FormatError, NonFiniteError, ResumeError, warn
 from nanoqwen.files import (
     TEMPORARY,
@@ -408,8 +407,7 @@ def starting_point(cfg: Config) -> Path | None:
 
 def refuse_changes(cfg: Config, old: dict[str, Any], sections: Iterable[str]) -> dict[str, list[Any]]:
     """Differences from the configuration `old` of the run to be resumed, {key: [old, new]}; refused unless allowed."""
-    before, after = ({name: values[name] for name in sections} for values in (old, asdict(cfg)))
-    before, after = _flatten(before), _flatten(json.loads(json.dumps(after)))  # tuples become lists, as in state.json
+    before, after = (flatten({name: values[name] for name in sections}) for values in (old, to_dict(cfg)))
     plateau = any(after.get(f"{name}.schedule") == "plateau" or after.get(f"{name}.patience") for name in sections)
     changed = {
         key: [before.get(key), value]
@@ -424,13 +422,6 @@ def refuse_changes(cfg: Config, old: dict[str, Any], sections: Iterable[str]) ->
             f"{cfg.run.dir}: this run was started otherwise: {listed} (--run.dir for a new run, --run.allow_change KEY)"
         )
     return changed
-
-
-def _flatten(section: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in section.items():
-        flat |= _flatten(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
-    return flat
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
