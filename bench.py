@@ -222,7 +222,7 @@ SIDES = {"ours": sft_ours, "peer": sft_peer}
 def sft_side(argv: list[str]) -> None:
     """One side in a process of its own, because peak memory is a number of the process. argv: SIDE FOLDER [OPTIONS]"""
     side, folder, *options = argv
-    cfg = load_config(options, "finetune")
+    cfg = plan.settle(load_config([*options, f"--base_ckpt={folder}"], "finetune"), "finetune")
     torch.manual_seed(cfg.run.seed)
     device = pick_device(cfg.run.device)
     step, batches = SIDES[side](cfg, Path(folder))

@@ -29,10 +29,10 @@ from torch.func import functional_call
 from data import Batch, ChatBatches, Micro, chat_windows, show, write_text
 from model import GPT, IGNORE
 from nanoqwen.chat import ChatData, prepare_chat
-from nanoqwen.config import Config, ContrastConfig, FinetuneConfig, check, check_context, check_rows, load_config
+from nanoqwen.config import Config, ContrastConfig, check, check_rows, load_config
 from nanoqwen.corpus import prepare
 from nanoqwen.distributed import World, all_reduce_sum, full_tensor, main_rank_first, ranks, start, stop, unwrap_model
-from nanoqwen.errors import ConfigError, DataError, ResumeError, run_script, say
+from nanoqwen.errors import DataError, ResumeError, run_script, say
 from nanoqwen.injection.contrast import COLLAPSED, HEAD, ProjectionHead, contrast_metrics, infonce, represent
 from nanoqwen.injection.score import INJECTED, Score, check_detectors, examine, representations, score, why_unmeasurable
 from nanoqwen.injection.triplets import (
@@ -45,54 +45,31 @@ from nanoqwen.injection.triplets import (
     row_width,
     triplet_windows,
 )
-from nanoqwen.log import Peak
-from nanoqwen.lora import LoraConfig, apply_lora, lora_state
-from nanoqwen.routing import MODULES_TO_SAVE, RoutingConfig, penalty_weights
+from nanoqwen.plan import settle
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
-from nanoqwen.weights import hash_weights, load_model, read_adapter, resolve, write_adapter
+from nanoqwen.weights import resolve
 from train import (
+    NO_MFU,
     Evaluator,
     FullCheckpoint,
     LanguageModeling,
-    RoutedCheckpoint,
     StepLoss,
     Task,
     Trainer,
+    add_adapters,
+    counted_loop,
+    find_base,
+    load_base,
     make_trainer,
+    penalties_of,
     run,
     sample_continuation,
 )
 
-# Frozen weights have no gradients, packed rows attend to less, and logits are computed for trained tokens alone.
-NO_MFU = Peak(None, "n/a, since a step of fine-tuning computes less than `flops_per_token` counts")
 UTILITY_TOLERANCE = 0.01  # of utility, which robustness may cost
 
 
 # --- what a checkpoint stores -----------------------------------------------------------------------------------------
-
-
-class AdapterCheckpoint(FullCheckpoint):
-    """What is trained, in PEFT's format, with the name and hash of the base that it belongs to."""
-
-    loaded_by = "PeftModel.from_pretrained loads each"
-
-    def __init__(self, lora: LoraConfig, base: str, base_hash: str):
-        self.lora, self.base, self.base_hash = lora, base, base_hash
-        if set(lora.modules_to_save) & {"causal_router"}:
-            self.loaded_by = RoutedCheckpoint.loaded_by
-
-    def tensors(self, model: GPT) -> dict[str, Tensor]:
-        return lora_state(model)
-
-    def write(self, trainer: Trainer, tensors: dict[str, Tensor], folder: Path) -> None:
-        hashed = {"base_hash": self.base_hash, "state": tensors}
-        write_adapter(trainer.model, self.lora, self.base, trainer.tokenizer, folder, **hashed)
-
-    def read(self, folder: Path) -> dict[str, Tensor]:
-        stored = read_adapter(folder)
-        if stored.base_hash != self.base_hash:
-            raise ResumeError(f"{folder}: belongs to base weights {stored.base_hash}, got {self.base} {self.base_hash}")
-        return stored.tensors
 
 
 class CheckpointWithHead(FullCheckpoint):
@@ -115,56 +92,7 @@ class CheckpointWithHead(FullCheckpoint):
         return self.inner.read(folder) | load_file(folder / HEAD)
 
 
-# --- where it starts --------------------------------------------------------------------------------------------------
-
-
-def base_of(loop: FinetuneConfig) -> Path:
-    """The folder of the base, found before anything is written."""
-    if loop.base_ckpt is None:
-        raise ConfigError("finetune.base_ckpt: expected a run, a Hugging Face folder or a hub id, got nothing")
-    return resolve(loop.base_ckpt)
-
-
-def load_base(
-    loop: FinetuneConfig, routing: RoutingConfig | None = None, seed: int = 0
-) -> tuple[GPT, Tokenizer, str, str]:
-    """(model in fp32, its tokenizer, the folder it came from, the hash of its weights)
-
-    routing: kind dense leaves the base as it is; another gives a dense base routers, drawn from the seed
-    """
-    folder = base_of(loop)
-    torch.manual_seed(seed)
-    model, tokenizer = load_model(folder, dtype=torch.float32, routing=routing)
-    if tokenizer is None:
-        raise ConfigError(f"finetune.base_ckpt: {folder} has no tokenizer")
-    check_context(loop, model.cfg)
-    base_hash = hash_weights(folder)
-    say(f"base       {folder}, weights {base_hash[:16]}")
-    name = str(folder.resolve()) if Path(loop.base_ckpt).exists() else loop.base_ckpt  # a hub id stays one
-    return model, tokenizer, name, base_hash
-
-
-def refuse_own_base(cfg: Config) -> None:
-    """A run in the folder of its base would prune, or with run.overwrite delete, what it is made from."""
-    folder, base = Path(cfg.run.dir).resolve(), Path(cfg.finetune.base_ckpt or "").resolve()
-    if cfg.finetune.base_ckpt and folder in (base, *base.parents):
-        raise ConfigError(f"finetune.base_ckpt: {cfg.finetune.base_ckpt} is in the run folder (--run.dir for another)")
-
-
-def with_routers(lora: LoraConfig, kind: str) -> LoraConfig:
-    """Adapters leave routers alone: these are trained in full beside them."""
-    return replace(lora, modules_to_save=tuple(dict.fromkeys((*lora.modules_to_save, *MODULES_TO_SAVE[kind]))))
-
-
-def add_adapters(model: GPT, cfg: Config, base: str, base_hash: str) -> tuple[dict[str, float], FullCheckpoint]:
-    """Put adapters into a model where lora.rank asks for them. Returns (weights of its penalties, checkpoint format)"""
-    lora, penalties = cfg.lora, {"z_loss": cfg.finetune.z_loss}
-    if model.routing:
-        lora, penalties = with_routers(lora, model.routing.kind), penalties | penalty_weights(model.routing)
-    apply_lora(model, lora)
-    if lora.rank:
-        return penalties, AdapterCheckpoint(lora, base, base_hash)
-    return penalties, RoutedCheckpoint() if model.routing else FullCheckpoint()
+# --- conversations ----------------------------------------------------------------------------------------------------
 
 
 def answer_sampler(prompt: list[int]) -> Callable[[Trainer], dict[str, Any]]:
@@ -177,22 +105,20 @@ def answer_sampler(prompt: list[int]) -> Callable[[Trainer], dict[str, Any]]:
     return sample
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
-
-
 def open_chat(cfg: Config, data: ChatData, rows: int) -> ChatBatches:
     return ChatBatches(data.train, cfg.finetune.seq_len, rows, cfg.run.seed, pack=cfg.chat.pack)
 
 
 def build(cfg: Config, world: World) -> Trainer:
     loop = cfg.finetune
-    model, tokenizer, base, base_hash = load_base(loop, cfg.routing, cfg.run.seed)
+    base = load_base(cfg, "finetune")
+    model, tokenizer = base.model, base.tokenizer
     data = main_rank_first(world, lambda: prepare_chat(cfg.chat, tokenizer, loop.seq_len))
     say(str(data.audit))
     batches = open_chat(cfg, data, loop.rows)
-    torch.manual_seed(cfg.run.seed)
-    penalties, checkpoint_format = add_adapters(model, cfg, base, base_hash)
-    objective = LanguageModeling(model.to(world.device), penalties)
+    loop = counted_loop(loop, batches)
+    checkpoint_format = add_adapters(cfg, base)
+    objective = LanguageModeling(model.to(world.device), penalties_of(model, loop))
     windows = chat_windows(data.val, loop.seq_len, loop.eval_tokens)
     example = data.val[0]
     sample = answer_sampler(example.ids[: example.mask.tolist().index(True)].tolist())
@@ -319,19 +245,20 @@ class InjectionEvaluator(Evaluator):
 
 def build_contrast(cfg: Config, world: World) -> Trainer:
     loop, contrast = cfg.finetune, cfg.contrast
-    model, tokenizer, base, base_hash = load_base(loop, cfg.routing, cfg.run.seed)
+    base = load_base(cfg, "finetune")
+    model, tokenizer = base.model, base.tokenizer
     data = main_rank_first(world, lambda: prepare_triplets(contrast, tokenizer, loop.seq_len))
     # The width of rows; a stream keeps to the seq_len that was asked for.
     loop = replace(loop, seq_len=row_width(data.train, loop.seq_len, loop.rows, model.cfg.context))
     check_rows(loop, world.size, "finetune")
     batches = TripletBatches(data.train, loop.seq_len, loop.rows, cfg.run.seed, contrast.stream_weights)
+    loop = counted_loop(loop, batches)
     data.audit.padding = batches.padding
     say(str(data.audit))
     evaluator = InjectionEvaluator(contrast, data.val, model.to(world.device), tokenizer)
-    torch.manual_seed(cfg.run.seed)
-    penalties, checkpoint_format = add_adapters(model, cfg, base, base_hash)
+    checkpoint_format = add_adapters(cfg, base)
     head = ProjectionHead(model.cfg.hidden_size, contrast.head_size).to(world.device)
-    objective = Contrast(model, head, contrast, penalties, world)
+    objective = Contrast(model, head, contrast, penalties_of(model, loop), world)
     windows = triplet_windows(data.val, loop.seq_len, loop.eval_tokens)
     sample = answer_sampler(data.val[0].streams[INJECTED].prompt)
     return make_trainer(
@@ -349,7 +276,7 @@ def show_data(cfg: Config) -> int:
     if loop.objective == "contrast" and (code := check_triplets(cfg.contrast)):
         return code
     if loop.base_ckpt is not None:
-        tokenizer = load_tokenizer(base_of(loop))
+        tokenizer = load_tokenizer(resolve(loop.base_ckpt))
     elif cfg.data.tokenizer != "auto":
         tokenizer = load_tokenizer(cfg.data.tokenizer)
     else:
@@ -379,9 +306,10 @@ def main(argv: list[str]) -> int:
     cfg = load_config(argv, "finetune")
     if cfg.finetune.show_data:
         return show_data(cfg)
+    cfg = replace(cfg, train=replace(cfg.train, base_ckpt=None))  # that of another run
     check(cfg, ranks(), cfg.finetune)
-    base_of(cfg.finetune)
-    refuse_own_base(cfg)
+    find_base(cfg, "finetune")
+    cfg = settle(cfg, "finetune")
     world = start(cfg.run.device)
     try:
         make, sections, command = OBJECTIVES[cfg.finetune.objective]

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,12 +31,14 @@ import data
 from data import Batch, Batches, Micro, StreamBatches, micro_batches, token_bytes
 from model import GPT, IGNORE, Output, generate
 from nanoqwen import corpus, distributed, evaluate, optim, plan, routing, runfolder, weights
-from nanoqwen.config import Config, TrainConfig, check, dump, load_config
+from nanoqwen.config import Config, TrainConfig, check, check_context, dump, load_config
 from nanoqwen.distributed import Stop, World, all_reduce_sum, full_tensor
-from nanoqwen.errors import PREEMPTED, ResumeError, escape_terminal, exit_code_of, run_script, say
+from nanoqwen.errors import PREEMPTED, ConfigError, ResumeError, escape_terminal, exit_code_of, run_script, say
 from nanoqwen.files import write_atomic
 from nanoqwen.log import MetricLog, Peak, Speed, peak_of
+from nanoqwen.lora import LoraConfig, apply_lora, lora_state
 from nanoqwen.tokenizer import Tokenizer, pieces_of
+from nanoqwen.weights import resolve
 
 # --- what is minimised ------------------------------------------------------------------------------------------------
 
@@ -161,6 +164,30 @@ class RoutedCheckpoint(FullCheckpoint):
     loaded_by = "load_model and infer.py load each; transformers has no routed layers"
 
 
+class AdapterCheckpoint(FullCheckpoint):
+    """What is trained, in PEFT's format, with the name and hash of the base that it belongs to."""
+
+    loaded_by = "PeftModel.from_pretrained loads each"
+
+    def __init__(self, lora: LoraConfig, base: str, base_hash: str):
+        self.lora, self.base, self.base_hash = lora, base, base_hash
+        if set(lora.modules_to_save) & {"causal_router"}:
+            self.loaded_by = RoutedCheckpoint.loaded_by
+
+    def tensors(self, model: GPT) -> dict[str, Tensor]:
+        return lora_state(model)
+
+    def write(self, trainer: Trainer, tensors: dict[str, Tensor], folder: Path) -> None:
+        hashed = {"base_hash": self.base_hash, "state": tensors}
+        weights.write_adapter(trainer.model, self.lora, self.base, trainer.tokenizer, folder, **hashed)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        stored = weights.read_adapter(folder)
+        if stored.base_hash != self.base_hash:
+            raise ResumeError(f"{folder}: belongs to base weights {stored.base_hash}, got {self.base} {self.base_hash}")
+        return stored.tensors
+
+
 class Evaluator:
     """What an evaluation measures beside the loss, and which of two evaluations is better: here by the loss."""
 
@@ -257,6 +284,9 @@ def fit(
     with log.open():
         if resumed:
             log.event(**resumed, changed=changed)
+        else:
+            with log.pause():
+                evaluate_now(trainer, log, progress)
         while not progress.finished and not leaving:
             step = progress.step
             rate = optim.lr_at(step, loop, progress.plateau.scale)
@@ -296,16 +326,22 @@ NOT_APPENDED = re.compile(r"loss$|perplexity|bits_per_byte$|router/")
 
 
 def evaluate_now(trainer: Trainer, log: MetricLog, progress: Progress) -> None:
-    """Evaluate, print a line with the validation loss, and show what the model writes at this point."""
+    """Evaluate, print a line with the validation loss, and show what the model writes at this point.
+
+    Step 0 is for comparison alone: no checkpoint holds it, and a model without training writes noise.
+    """
     result = evaluate.evaluate_routed(
         trainer.model, trainer.windows, trainer.bytes_of, trainer.world, trainer.autocast
     ) | trainer.evaluator(trainer)
-    progress.update(result)
+    if progress.step:
+        progress.update(result)
+    else:
+        log.first_loss = result["loss"]
     log.event(step=progress.step, **{f"val/{name}": value for name, value in result.items()})
     others = "".join(f" {name} {value:.3f}" for name, value in result.items() if not NOT_APPENDED.match(name))
     say(f"step {progress.step} val/loss {result['loss']:.4f} perplexity {result['perplexity']:.2f} "
         f"bits per byte {result['bits_per_byte']:.4f}{others}")  # fmt: skip
-    if trainer.loop.sample_tokens:
+    if trainer.loop.sample_tokens and progress.step:
         sample = trainer.sample(trainer)
         log.sample(progress.step, **sample)
         say("  | " + escape_terminal(sample["text"]).replace("\n", "\n  | "))
@@ -361,7 +397,7 @@ def save_checkpoint(trainer: Trainer, progress: Progress, optimizers: optim.Opti
             keep=trainer.cfg.run.keep,
             best=progress.best["step"],
         )
-        print(f"CKPT step={step} path={path} sha256={digest}", flush=True)
+        say(f"CKPT step={step} path={path} sha256={digest}", sys.stdout)
     distributed.barrier(world)
 
 
@@ -416,6 +452,67 @@ def restore_weights(trainer: Trainer, source: Path) -> None:
         tensor.copy_(distributed.shard_like(stored[name], tensor))
 
 
+# --- weights to start from --------------------------------------------------------------------------------------------
+
+# Frozen weights have no gradients, packed rows attend to less, and logits are computed for trained tokens alone.
+NO_MFU = Peak(None, "n/a, since such a step computes less than `flops_per_token` counts")
+
+
+class Base(NamedTuple):
+    model: GPT  # in fp32
+    tokenizer: Tokenizer
+    name: str  # a hub id stays one
+    hash: str  # of its weights
+
+
+def find_base(cfg: Config, section: str) -> Path:
+    """The folder of the base, found before anything is written."""
+    key, source, run = f"{section}.base_ckpt", getattr(cfg, section).base_ckpt, Path(cfg.run.dir).resolve()
+    if source is None:
+        raise ConfigError(f"{key}: expected a run, a Hugging Face folder or a hub id, got nothing")
+    if run in ((base := Path(source).resolve()), *base.parents):  # which would prune what it is made from
+        raise ConfigError(f"{key}: {source} is in the run folder (--run.dir for another)")
+    return resolve(source)
+
+
+def load_base(cfg: Config, section: str) -> Base:
+    """The weights of `base_ckpt`. A dense base gets the routers that `routing` asks for, drawn from the seed."""
+    loop = getattr(cfg, section)
+    folder = find_base(cfg, section)
+    torch.manual_seed(cfg.run.seed)
+    model, tokenizer = weights.load_model(folder, dtype=torch.float32, routing=cfg.routing)
+    if tokenizer is None:
+        raise ConfigError(f"{section}.base_ckpt: {folder} has no tokenizer")
+    check_context(loop, model.cfg)
+    base_hash = weights.hash_weights(folder)
+    say(f"base       {folder}, weights {base_hash[:16]}")
+    name = str(folder.resolve()) if Path(loop.base_ckpt).exists() else loop.base_ckpt
+    return Base(model, tokenizer, name, base_hash)
+
+
+def with_routers(lora: LoraConfig, kind: str) -> LoraConfig:
+    """Adapters leave routers alone: these are trained in full beside them."""
+    modules = (*lora.modules_to_save, *routing.MODULES_TO_SAVE[kind])
+    return replace(lora, modules_to_save=tuple(dict.fromkeys(modules)))
+
+
+def add_adapters(cfg: Config, base: Base) -> FullCheckpoint:
+    """Put adapters into the model where lora.rank asks for them; returns what a checkpoint then stores."""
+    lora, routed = cfg.lora, base.model.routing
+    if routed:
+        lora = with_routers(lora, routed.kind)
+    torch.manual_seed(cfg.run.seed)
+    apply_lora(base.model, lora)
+    if lora.rank:
+        return AdapterCheckpoint(lora, base.name, base.hash)
+    return RoutedCheckpoint() if routed else FullCheckpoint()
+
+
+def penalties_of(model: GPT, loop: TrainConfig) -> dict[str, float]:
+    """The weights of the penalties, by their names."""
+    return {"z_loss": loop.z_loss} | (routing.penalty_weights(model.routing) if model.routing else {})
+
+
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
@@ -462,20 +559,34 @@ def make_trainer(
     )
 
 
+def counted_loop(loop: TrainConfig, batches: Batches) -> TrainConfig:
+    """With epochs counted in steps."""
+    if loop.epochs is not None and not batches.steps_per_epoch:
+        raise ConfigError("epochs: expected text of a known length, got a stream (data.streaming; tokens counts there)")
+    return loop.counted(batches.steps_per_epoch)
+
+
 def build(cfg: Config, world: World) -> Trainer:
-    """A model from scratch, on text."""
-    loop, isolate = cfg.train, cfg.data.isolate_documents
+    """A model on text: from scratch, or from the weights of train.base_ckpt."""
+    base = load_base(cfg, "train") if cfg.train.base_ckpt is not None else None
+    vocab_size, tokenizer = (base.model.cfg.vocab_size, base.tokenizer) if base else (cfg.model.vocab_size, None)
     shards = distributed.main_rank_first(
-        world, lambda: corpus.prepare(cfg.data, cfg.model.vocab_size, progress=world.is_main)
+        world, lambda: corpus.prepare(cfg.data, vocab_size, tokenizer=tokenizer, progress=world.is_main)
     )
+    loop, isolate = cfg.train, cfg.data.isolate_documents
     batches = data.open_batches(cfg.data, shards, loop.seq_len, loop.rows, cfg.run.seed)
+    loop = counted_loop(loop, batches)
     windows = data.eval_windows(shards.val, loop.seq_len, loop.eval_tokens, isolate_documents=isolate)
-    torch.manual_seed(cfg.run.seed)
-    model = routing.build_model(cfg.model, cfg.routing).to(world.device)
-    objective = LanguageModeling(model, {"z_loss": loop.z_loss} | routing.penalty_weights(cfg.routing))
-    checkpoint_format = RoutedCheckpoint() if model.routing else FullCheckpoint()
+    if base:
+        model, checkpoint_format = base.model, add_adapters(cfg, base)
+    else:
+        torch.manual_seed(cfg.run.seed)
+        model = routing.build_model(plan.model_shape(cfg, shards.tokenizer), cfg.routing)
+        checkpoint_format = RoutedCheckpoint() if model.routing else FullCheckpoint()
+    objective = LanguageModeling(model.to(world.device), penalties_of(model, loop))
+    peak = NO_MFU if base and cfg.lora.rank else None
     return make_trainer(
-        cfg, loop, world, objective, shards.tokenizer, batches, windows, document_sampler, checkpoint_format
+        cfg, loop, world, objective, shards.tokenizer, batches, windows, document_sampler, checkpoint_format, peak=peak
     )
 
 
@@ -493,6 +604,8 @@ class Task(NamedTuple):
 def run(cfg: Config, world: World, task: Task) -> int:
     """One run in its folder, from the lock to the report; returns the exit code. A complete run stays as it is."""
     check_tasks(cfg)
+    if cfg.run.dry_run:
+        return dry_run(cfg, world, task)
     folder, started, stop = Path(cfg.run.dir), time.perf_counter(), Stop()
     with stop.watching(), runfolder.lock(folder) if world.is_main else nullcontext():
         source = distributed.main_rank_first(world, lambda: runfolder.starting_point(cfg))
@@ -511,6 +624,19 @@ def run(cfg: Config, world: World, task: Task) -> int:
     if code == 0 and world.is_main:
         run_tasks(cfg)
     return code
+
+
+def dry_run(cfg: Config, world: World, task: Task) -> int:
+    """Everything before the first step, and what the steps would cost. The run folder stays as it is."""
+    source = runfolder.starting_point(cfg)
+    if source:
+        runfolder.refuse_changes(cfg, runfolder.read_state(source)["config"], task.sections)
+    trainer = task.build(cfg, world)
+    if world.is_main:
+        bytes_of_checkpoint = check_disk(trainer)
+        plan.print_cost(trainer.loop, trainer.speed, bytes_of_checkpoint, cfg.run.keep)
+        say(f"dry run    {cfg.run.dir} is not written; without --dry_run it would {'resume' if source else 'start'}")
+    return 0
 
 
 def leave_complete(folder: Path, source: Path, state: dict[str, Any], world: World, task: Task) -> int:
@@ -546,12 +672,19 @@ def recording_failure(folder: Path, world: World) -> Iterator[None]:
         raise
 
 
+def check_disk(trainer: Trainer) -> int:
+    """Refuse a run that will not fit on the disk; returns the bytes of a checkpoint."""
+    stored = sum(t.numel() for t in trainer.checkpoint_format.tensors(trainer.model).values())
+    trained = sum(p.numel() for p in trainer.objective.parameters() if p.requires_grad)
+    needed = 4 * stored + 8 * trained  # fp32, two moments
+    runfolder.check_disk(trainer.folder, needed, trainer.cfg.run.keep)
+    return needed
+
+
 def prepare_disk(trainer: Trainer, source: Path | None) -> None:
-    """Refuse a run that will not fit on the disk; then delete the one that it replaces."""
+    """Check the disk; then delete the run that this one replaces."""
     if trainer.world.is_main:
-        stored = sum(t.numel() for t in trainer.checkpoint_format.tensors(trainer.model).values())
-        trained = sum(p.numel() for p in trainer.objective.parameters() if p.requires_grad)
-        runfolder.check_disk(trainer.folder, 4 * stored + 8 * trained, trainer.cfg.run.keep)  # fp32, two moments
+        check_disk(trainer)
         if trainer.cfg.run.overwrite and not source:
             runfolder.clear(trainer.folder)
 
@@ -608,9 +741,13 @@ def main(argv: list[str]) -> int:
     cfg = load_config(argv, "train")
     cfg = replace(cfg, finetune=replace(cfg.finetune, base_ckpt=None))  # reports know a fine-tuned run by its base
     check(cfg, distributed.ranks())
+    if cfg.train.base_ckpt is not None:
+        find_base(cfg, "train")
+        cfg = replace(cfg, model=plan.shape_of_source(cfg.train.base_ckpt))
+    cfg, sections = plan.settle(cfg, "train"), (*SECTIONS, "lora") if cfg.train.base_ckpt else SECTIONS
     world = distributed.start(cfg.run.device)
     try:
-        return run(cfg, world, Task(build, SECTIONS, f'python infer.py --ckpt {cfg.run.dir} --prompt "def "'))
+        return run(cfg, world, Task(build, sections, f'python infer.py --ckpt {cfg.run.dir} --prompt "    def"'))
     finally:
         distributed.stop(world)
 

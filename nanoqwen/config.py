@@ -31,6 +31,7 @@ from model import (
     Positive,
     SamplingOptions,
     Size,
+    TensorSize,
     alternatives,
     check_fields,
     describe,
@@ -44,6 +45,11 @@ from nanoqwen.routing import RoutingConfig, routed_layers
 DEFAULT_FILE = Path(__file__).parents[1] / "config.yaml"
 FREE_TEXT = {("infer", "prompt"), ("infer", "stop")}  # lists whose items may look like a list themselves
 HELP_WIDTH, HELP_COLUMN = 100, 36  # columns of `--help`, and where its comments begin
+AUTO_VOCAB = 2_048  # ids of a tokenizer that is trained here, unless model.vocab_size says otherwise
+WARMUP_SHARE, MAX_WARMUP = 1 / 20, 2_000  # of the steps; at most
+# The rate from scratch falls as 1 / width, as muP has it for AdamW (arXiv 2203.03466), from 4e-3 at width 128 (the
+# first run: NOTES.md). At 768 that is 6.7e-4 (GPT-2 and GPT-3 of 124 M: 6e-4), at 2,048 2.5e-4 (GPT-3 of 1.3 B: 2e-4).
+HIGHEST_RATE, RATE_TIMES_WIDTH = 4e-3, 0.512
 
 
 # --- the sections ----------------------------------------------------------------------------------------------
@@ -73,6 +79,13 @@ def check_sources(train: tuple[str, ...], val: tuple[str, ...]) -> None:
     require(all(val), "val", "sources", val)
     refuse_weights("train", train)
     refuse_weights("val", val)
+
+
+@dataclass(frozen=True)
+class ModelSection(ModelConfig):
+    """A shape that may leave the size of its vocabulary to the tokenizer."""
+
+    vocab_size: TensorSize | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,7 @@ class RunConfig:
     dir: str
     resume: str
     overwrite: bool
+    dry_run: bool
     parallel: Literal["ddp", "fsdp"]
     keep: Size
     save_every: Size
@@ -168,19 +182,22 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    base_ckpt: str | None = None
     steps: Size = 1200
+    tokens: Positive | None = None
+    epochs: Positive | None = None
     seq_len: Size = 128
     batch_tokens: Size = 1024
     micro_batch: Size | Literal["auto"] = "auto"
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: Positive = 4e-3
+    lr: Positive | Literal["auto"] = 4e-3
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     clip: Positive = 1.0
     schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "cosine"
-    warmup_steps: Count = 60
+    warmup_steps: Count | Literal["auto"] = 60
     decay_share: Fraction = 0.2
     floor: Fraction = 0.1
     plateau_factor: OpenFraction = 0.5
@@ -199,7 +216,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.warmup_steps <= self.steps, "warmup_steps", f"at most steps {self.steps}", self.warmup_steps)
+        require(self.tokens is None or self.epochs is None, "epochs", "null beside tokens", self.epochs)
+        if self.warmup_steps != "auto" and self.tokens is None and self.epochs is None:
+            within = self.warmup_steps <= self.steps
+            require(within, "warmup_steps", f"at most steps {self.steps}", self.warmup_steps)
         whole_rows = self.batch_tokens % self.seq_len == 0
         require(whole_rows, "batch_tokens", f"a multiple of seq_len {self.seq_len}", self.batch_tokens)
 
@@ -208,12 +228,23 @@ class TrainConfig:
         """Rows of an optimizer step, over all micro-batches and ranks."""
         return self.batch_tokens // self.seq_len
 
+    def counted(self, steps_per_epoch: float | None = None) -> TrainConfig:
+        """With `steps` from tokens or epochs, and the warm-up from the steps; epochs need data to be counted."""
+        steps = self.steps
+        if self.tokens is not None:
+            steps = math.ceil(self.tokens / self.batch_tokens)
+        elif self.epochs is not None:
+            if steps_per_epoch is None:
+                return self
+            steps = math.ceil(self.epochs * steps_per_epoch)
+        warmup = min(int(WARMUP_SHARE * steps), MAX_WARMUP) if self.warmup_steps == "auto" else self.warmup_steps
+        return replace(self, steps=steps, warmup_steps=min(warmup, steps))
+
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     """Its own values for the keys of TrainConfig are in config.yaml alone."""
 
-    base_ckpt: str | None = None
     objective: Literal["sft", "contrast"] = "sft"
     show_data: bool = False
 
@@ -284,7 +315,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class Config:
     run: RunConfig
-    model: ModelConfig
+    model: ModelSection
     routing: RoutingConfig
     data: DataConfig
     chat: ChatConfig
@@ -316,11 +347,25 @@ def load_config(argv: Sequence[str], section: str, usage: str | None = None) -> 
         if preset not in presets:
             raise ConfigError(f"--preset: {_unknown(preset, presets, 'preset')}")
         values = _merge(values, presets[preset])
-    cfg = _build(Config, _merge(values, options))
+    return _settled(_build(Config, _merge(values, options)), section)
+
+
+def rate_from_scratch(hidden_size: int) -> float:
+    return min(HIGHEST_RATE, RATE_TIMES_WIDTH / hidden_size)
+
+
+def _settled(cfg: Config, section: str) -> Config:
+    """What `auto` stands for, where the configuration alone decides it."""
     if cfg.run.dir == "auto":
-        name = cfg.finetune.objective if section == "finetune" else "base"
+        pretrained = "continued" if cfg.train.base_ckpt else "base"
+        name = cfg.finetune.objective if section == "finetune" else pretrained
         cfg = replace(cfg, run=replace(cfg.run, dir=f"runs/{name}"))
-    return cfg
+    if cfg.model.vocab_size == "auto" and cfg.data.tokenizer == "auto":
+        cfg = replace(cfg, model=replace(cfg.model, vocab_size=AUTO_VOCAB))
+    train = cfg.train.counted()
+    if train.lr == "auto" and train.base_ckpt is None:
+        train = replace(train, lr=rate_from_scratch(cfg.model.hidden_size))
+    return replace(cfg, train=train, finetune=cfg.finetune.counted())
 
 
 def _read_files(file: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -373,7 +418,7 @@ def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> 
     if world_size > 1 and cfg.run.parallel == "fsdp" and loop.optimizer == "muon":
         raise ConfigError("run.parallel: fsdp shards the matrices that optimizer muon needs whole (try ddp)")
     check_rows(loop, world_size, "train" if loop is cfg.train else "finetune")
-    if loop is cfg.train:  # else the model comes from a checkpoint
+    if loop is cfg.train and loop.base_ckpt is None:  # else the model comes from a checkpoint
         check_context(loop, cfg.model)
         try:
             routed_layers(cfg.model, cfg.routing)
@@ -386,9 +431,6 @@ def check_device(run: RunConfig) -> None:
     present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind in present and int(index or 0) >= present[kind]:
         raise ConfigError(f"run.device: expected a device of this machine, got {run.device!r} (try auto)")
-    on_cpu = kind == "cpu" or (kind == "auto" and not any(present.values()))
-    if on_cpu and run.dtype == "float16":
-        raise ConfigError(f"run.dtype: float16 needs a GPU, got run.device {run.device!r} (try float32)")
 
 
 def check_rows(loop: TrainConfig, world_size: int, section: str) -> None:

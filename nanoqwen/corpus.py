@@ -711,14 +711,17 @@ def split_by_hash(digest: bytes, limit: int) -> str:
     return "val" if int.from_bytes(digest, "little") < limit else "train"
 
 
-def prepare(cfg: DataConfig, vocab_size: int, *, tokenizer: Tokenizer | None = None, progress: bool = True) -> Prepared:
+def prepare(
+    cfg: DataConfig, vocab_size: int | str, *, tokenizer: Tokenizer | None = None, progress: bool = True
+) -> Prepared:
     """Tokenises on first use, later opens the shards of an earlier run. Several processes may do it at once.
 
+    vocab_size: ids that a model has; auto: as many as the tokenizer that is named
     tokenizer: that of a model that there is already, whatever the configuration names
     """
     text = open_corpus(cfg)
     tokenizer = tokenizer or _tokenizer(cfg, text, vocab_size, progress)
-    if tokenizer.n_vocab > vocab_size:
+    if vocab_size != "auto" and tokenizer.n_vocab > vocab_size:
         raise DataError(f"data.tokenizer: expected at most model.vocab_size {vocab_size} ids, got {tokenizer.n_vocab}")
     train: list[tuple[TokenShards, float]] = []
     val: list[TokenShards] = []

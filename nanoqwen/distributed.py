@@ -67,7 +67,8 @@ def name_of(device: torch.device) -> str:
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype to compute in, why). `auto` is the narrowest that the device is fast at."""
     if name != "auto":
-        return getattr(torch, name), "as asked"
+        slow = name == "float16" and device.type == "cpu"
+        return getattr(torch, name), "as asked; slow: no CPU computes it by itself" if slow else "as asked"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "this GPU has bf16 matrix units"

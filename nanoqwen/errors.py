@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -41,11 +41,12 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
-def say(text: str) -> None:
-    """Print a line on stderr, above the progress bar if there is one; on the main rank only."""
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line on stderr, or a file, above the progress bar if there is one; on the main rank only."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(escape_terminal(text), file=sys.stderr)
-        sys.stderr.flush()
+        file = sys.stderr if file is None else file
+        tqdm.write(escape_terminal(text), file=file)
+        file.flush()
 
 
 def warn(text: str) -> None:

@@ -20,6 +20,7 @@ import os
 import re
 import resource
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from model import ModelConfig
 from nanoqwen.config import Config, LogConfig, TrainConfig
 from nanoqwen.distributed import World
-from nanoqwen.errors import NonFiniteError, say
+from nanoqwen.errors import NonFiniteError, say, warn
 from nanoqwen.files import write_atomic
 from nanoqwen.routing import RoutingConfig, flops_per_token
 
@@ -45,6 +46,8 @@ PEAKS = {
     "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
     "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX A6000": 155, "RTX 6000 Ada": 364,
 }  # fmt: skip
+NARROWEST_BAR = 10  # columns
+SHORTEST_WARMUP = 20  # steps in which a loss that doubles is worth a word
 SIDE, SECONDS = 1024, 0.4  # of the square matrices whose product is measured; seconds of measuring
 
 
@@ -143,6 +146,16 @@ def json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def bar_format(shown: str, rest: list[str], steps: int, columns: int) -> str:
+    """A format of tqdm: step, `shown`, time left, the bar, and as much of the rest as the terminal has room for."""
+    room = columns - len(f"{steps}/{steps} steps {shown} ETA 00:00:00 ||") - NARROWEST_BAR
+    fitting = []
+    for text in rest:
+        room -= len(text) + 1
+        fitting += [f" {text}"] if room >= 0 else []
+    return f"{{n_fmt}}/{{total_fmt}} steps {shown} ETA {{remaining}} |{{bar}}|{''.join(fitting)}"
+
+
 class MetricLog:
     """One row per step in metrics.jsonl and wandb; for the person a bar on a terminal, else lines to grep.
 
@@ -156,12 +169,22 @@ class MetricLog:
         self.path = folder / "metrics.jsonl"
         self.pending: list[dict[str, Any]] = []
         self.skipped, self.done = 0, first
+        self.first_loss = math.inf  # of the evaluation before the first step
+        self.warmup = max(loop.warmup_steps, SHORTEST_WARMUP)
         self.wandb = self.bar = None
         if self.main:
-            trim(self.path, first)
-            trim(folder / "samples.jsonl", first)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                trim(folder / name, first or -1)  # a run that starts anew repeats its evaluation at step 0
             self.wandb = start_wandb(cfg, folder)
-            self.bar = tqdm(total=loop.steps, initial=first, unit="step", disable=None, file=sys.stderr, leave=False)
+            self.bar = tqdm(
+                total=loop.steps,
+                initial=first,
+                disable=None,
+                file=sys.stderr,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format=bar_format("", [], loop.steps, 0),
+            )
         self.clock, self.paused = time.perf_counter(), 0.0
 
     def add(self, **entry: Any) -> None:
@@ -182,6 +205,7 @@ class MetricLog:
             self._write(rows)
             self._print(rows[-1], seconds / len(rows) * (self.steps - self.done))
         self.pending, self.clock, self.paused = [], time.perf_counter(), 0.0
+        self._compare(rows)
         for row in rows:
             self._count_skipped(row)
 
@@ -205,13 +229,20 @@ class MetricLog:
     def _print(self, row: dict[str, Any], seconds_left: float) -> None:
         loss = "n/a" if row["loss"] is None else f"{row['loss']:.4f}"
         norm = "n/a" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-        metrics = f"loss {loss} lr {row['lr']:.2e} grad_norm {norm} tok/s {row['tokens_per_s']:,.0f} " + (
-            f"MFU {percent(row['mfu'])} ({percent(row['mfu_full'])})"
-        )
-        if not self.bar.disable:
-            self.bar.set_postfix_str(metrics)
-        else:
+        speed, rate, mfu = f"{row['tokens_per_s']:,.0f}", f"lr {row['lr']:.2e}", percent(row["mfu"])
+        if self.bar.disable:
+            metrics = f"loss {loss} {rate} grad_norm {norm} tok/s {speed} MFU {mfu} ({percent(row['mfu_full'])})"
             say(f"step {row['step']}/{self.steps} {metrics} ETA {tqdm.format_interval(seconds_left)}")
+        else:
+            shown, rest = f"loss {loss} {speed} tok/s", [rate, f"grad_norm {norm}", f"MFU {mfu}"]
+            self.bar.bar_format = bar_format(shown, rest, self.steps, shutil.get_terminal_size().columns)
+
+    def _compare(self, rows: list[dict[str, Any]]) -> None:
+        """Say once, while the rate rises, that training destroys what the weights knew."""
+        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        if losses and self.done <= self.warmup and (mean := sum(losses) / len(losses)) > 2 * self.first_loss:
+            warn(f"the loss has doubled by step {self.done}, from {self.first_loss:.2f} to {mean:.2f}: try a lower lr")
+            self.first_loss = math.inf
 
     def _count_skipped(self, row: dict[str, Any]) -> None:
         self.skipped = self.skipped + 1 if row["skipped"] else 0

@@ -15,21 +15,83 @@ import torch
 from torch import nn
 
 from model import GPT, LOGITS_PER_CHUNK, ModelConfig
-from nanoqwen.config import Config, TrainConfig, check, check_context, load_config, preset_names
+from nanoqwen.config import (
+    Config,
+    FinetuneConfig,
+    TrainConfig,
+    check,
+    check_context,
+    load_config,
+    preset_names,
+    rate_from_scratch,
+)
 from nanoqwen.distributed import World, all_reduce_min, pick_device, pick_dtype
-from nanoqwen.errors import ConfigError, say
-from nanoqwen.log import Peak
+from nanoqwen.errors import ConfigError, say, warn
+from nanoqwen.files import read_json_or_empty
+from nanoqwen.log import Peak, Speed
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.optim import parameter_groups
 from nanoqwen.routing import RoutingConfig, build_model, flops_per_token
-from nanoqwen.weights import config_of
+from nanoqwen.tokenizer import Tokenizer, load_tokenizer
+from nanoqwen.weights import config_of, is_adapter, path_exists, read_adapter, resolve
 
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
 MEMORY = Path("/proc/meminfo")
 MIN_SAVING = 0.95  # a suggestion leaves at most this fraction of the memory needed before it
 USABLE_SHARE = 0.8  # of the free memory is planned with
+PUBLISHED_RATE, ADAPTER_RATE = 2e-5, 2e-4  # for weights that others have trained: in full, through adapters
+NEW_ROUTER_RATE = 1e-3  # of routers that are new beside such weights
+TOO_HIGH = 5  # times the rate of `auto` breaks most models (SmolLM2-135M-Instruct at 100 times: gone in 14 steps)
+MOST_EPOCHS = 40  # after which repeated text teaches nothing (arXiv 2305.16264)
+USUAL_MFU = 0.4  # with which a time is estimated
+VOCAB_MULTIPLE = 128  # of which GPUs like the rows of a matrix
 HEAP = 0.2  # measured: holes in the C library's heap between tensors that come and go, as a fraction of these
+
+
+# --- what `auto` stands for -------------------------------------------------------------------------------------------
+
+
+def shape_of_source(source: str | Path) -> ModelConfig:
+    """The shape of a source; of an adapter that of its base."""
+    folder = resolve(source)
+    return shape_of_source(read_adapter(folder).base) if is_adapter(folder) else config_of(folder)
+
+
+def model_shape(cfg: Config, tokenizer: Tokenizer | None = None) -> ModelConfig:
+    """The shape of `model`, with a vocabulary for the tokenizer: the given one, else that of the configuration."""
+    if cfg.model.vocab_size != "auto":
+        return cfg.model
+    ids = (tokenizer or load_tokenizer(cfg.data.tokenizer)).n_vocab
+    return replace(cfg.model, vocab_size=-(-ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+
+
+def trained_here(source: str | Path) -> bool:
+    """Whether all that these weights know comes from runs of this program, as their run folders say."""
+    recorded = read_json_or_empty(resolve(source) / "state.json").get("config")
+    if not isinstance(recorded, dict):
+        return False
+    bases = [(recorded.get(name) or {}).get("base_ckpt") for name in ("finetune", "train")]
+    base = next(filter(None, bases), None)
+    return base is None or (path_exists(base) and trained_here(base))
+
+
+def auto_rate(cfg: Config, loop: TrainConfig) -> float:
+    """From scratch by width; half of that for a base from such a run; for published weights what is usual there."""
+    if loop.base_ckpt is None:
+        return rate_from_scratch(cfg.model.hidden_size)
+    if trained_here(loop.base_ckpt):
+        return rate_from_scratch(shape_of_source(loop.base_ckpt).hidden_size) / 2
+    return ADAPTER_RATE if cfg.lora.rank else PUBLISHED_RATE
+
+
+def settle(cfg: Config, section: str) -> Config:
+    """The configuration of a script that trains, with its rates as numbers."""
+    loop = getattr(cfg, section)
+    if loop.base_ckpt is not None and cfg.routing.kind != "dense" and not trained_here(loop.base_ckpt):
+        rates = {name: getattr(cfg.routing, name) or NEW_ROUTER_RATE for name in ("prior_lr", "mod_lr")}
+        cfg = replace(cfg, routing=replace(cfg.routing, **rates))
+    return replace(cfg, **{section: replace(loop, lr=auto_rate(cfg, loop))}) if loop.lr == "auto" else cfg
 
 
 # --- bytes of each kind -----------------------------------------------------------------------------------------------
@@ -237,8 +299,41 @@ def print_plan(
     say(f"memory     {bytes_by_kind}: {needed:.2f} of {free:.1f} GB free")
     say(f"step       {train.batch_tokens:,} tokens: {train.rows} rows of {train.seq_len} in {micros} x {rows} a rank")
     say(f"plan       {train.steps} steps, {tokens / 1e6:.2f} M tokens, "
-        f"{epochs}, {train.schedule}, at most {train.lr:g}")  # fmt: skip
+        f"{tokens / size:.2g} per parameter, {epochs}, {train.schedule}, at most {train.lr:g}")  # fmt: skip
     say(f"MFU        matrix FLOPs, causal attention (full in brackets), over the peak: {peak.origin}")
+    for warning in doubts(cfg, train, size, batches):
+        warn(warning)
+
+
+def doubts(cfg: Config, train: TrainConfig, parameters: int, batches: Any) -> Iterator[str]:
+    """Where a run cannot do what it is for."""
+    usual, tokens = auto_rate(cfg, train), train.steps * train.batch_tokens
+    if train.lr > TOO_HIGH * usual:
+        origin = "a model of this width from scratch" if train.base_ckpt is None else f"weights from {train.base_ckpt}"
+        yield f"lr {train.lr:g} is {train.lr / usual:.0f} times what is usual for {origin}, {usual:g} (--lr auto)"
+    if train.base_ckpt is None and tokens < parameters:
+        yield (
+            f"{tokens / 1e6:.2f} M tokens for {parameters / 1e6:.0f} M parameters: such a model learns little; about "
+            "20 tokens per parameter are usual (more steps, or a smaller --preset)"
+        )
+    epochs = batches.epoch(train.steps) if batches.steps_per_epoch and not isinstance(train, FinetuneConfig) else 0
+    if epochs > MOST_EPOCHS:
+        yield f"{epochs:.0f} passes over the text: after about {MOST_EPOCHS} it teaches nothing more (fewer steps)"
+
+
+def print_cost(train: TrainConfig, speed: Speed, checkpoint_bytes: int, keep: int) -> None:
+    """What the steps of a run would cost."""
+    flops = train.steps * train.batch_tokens * speed.causal
+    seconds = flops / speed.peak / USUAL_MFU if speed.peak else None
+    time = f": {duration(seconds)} at {USUAL_MFU:.0%} MFU, beside evaluations" if seconds else ""
+    say(f"cost       {flops:.2g} FLOP{time}; {keep + 1} checkpoints of {readable(checkpoint_bytes)} at most")
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 # --- a run that may never happen: `bench.py memory` -------------------------------------------------------------------
@@ -268,8 +363,13 @@ class PlannedRun(NamedTuple):
         return getattr(self.cfg, self.section)
 
     @property
+    def adapted(self) -> bool:
+        """Whether it could train adapters: it starts from weights."""
+        return self.section == "finetune" or self.loop.base_ckpt is not None
+
+    @property
     def model(self) -> GPT:
-        return _on_meta(self.cfg.model, self.cfg.routing, self.cfg.lora if self.section == "finetune" else None)
+        return _on_meta(self.cfg.model, self.cfg.routing, self.cfg.lora if self.adapted else None)
 
     @property
     def forward(self) -> Forward:
@@ -297,11 +397,10 @@ def plan_run(cfg: Config, section: str, ranks: int, device_type: str | None, fre
 
     device_type, free_bytes: of a device that may not be here; None: of this machine's
     """
-    if section == "finetune":
-        if cfg.finetune.base_ckpt is not None:
-            cfg = replace(cfg, model=config_of(cfg.finetune.base_ckpt))
-        if cfg.finetune.objective == "contrast":
-            raise ConfigError("finetune.objective: expected sft, contrast is not planned here: a run prints its needs")
+    if section == "finetune" and cfg.finetune.objective == "contrast":
+        raise ConfigError("finetune.objective: expected sft, contrast is not planned here: a run prints its needs")
+    source = getattr(cfg, section).base_ckpt
+    cfg = replace(cfg, model=model_shape(cfg) if source is None else shape_of_source(source))
     check(replace(cfg, run=replace(cfg.run, dtype="auto")), ranks, getattr(cfg, section))
     check_context(getattr(cfg, section), cfg.model)
     device = pick_device(cfg.run.device)
@@ -336,7 +435,7 @@ def _sharded(ranks: int) -> Callable[[PlannedRun], PlannedRun]:
 
 
 def _adapters(run: PlannedRun) -> PlannedRun:
-    return run.changed("lora", rank=run.cfg.lora.rank or 16) if run.section == "finetune" else run
+    return run.changed("lora", rank=run.cfg.lora.rank or 16) if run.adapted else run
 
 
 def _recompute(run: PlannedRun) -> PlannedRun:

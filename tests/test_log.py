@@ -195,6 +195,29 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(tmp_path: Path, capfd: pyte
     assert "a line above the bar\n" in text
 
 
+@pytest.mark.parametrize(
+    ("columns", "seen"), [(80, ""), (100, "lr 4.00e-03"), (140, "lr 4.00e-03 grad_norm 0.50 MFU 34.1%")]
+)
+def test_the_bar_of_a_long_run_fits_its_terminal(columns: int, seen: str):
+    """At 80 columns the loss once stood beyond the edge."""
+    shown, rest = "loss 10.8234 1,234,567 tok/s", ["lr 4.00e-03", "grad_norm 0.50", "MFU 34.1%"]
+    layout = log.bar_format(shown, rest, 19_560, columns)
+    line = log.tqdm.format_meter(n=19_000, total=19_560, elapsed=90_000, ncols=columns, bar_format=layout, ascii=True)
+    assert len(line) <= columns
+    assert line.startswith(f"19000/19560 steps {shown} ETA 44:12 |#")
+    assert line.endswith(f"| {seen}".rstrip())
+
+
+def test_a_loss_that_doubles_while_the_rate_rises_is_spoken_of_once(tmp_path: Path, capfd: pytest.CaptureFixture):
+    with metric_log(tmp_path).open() as opened:
+        opened.first_loss = 1.5
+        for step, loss in enumerate((1.6, 2.9, 3.2, 9.0), start=1):
+            opened.add(**row(step, loss=loss))
+            opened.flush()
+    told = [line for line in capfd.readouterr().err.splitlines() if "doubled" in line]
+    assert told == ["warning: the loss has doubled by step 3, from 1.50 to 3.20: try a lower lr"]
+
+
 WANDB = """
 import math, sys
 from pathlib import Path
