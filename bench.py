@@ -122,7 +122,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callable[[],
 
 def speed(argv: list[str]) -> None:
     """Rates of one shape, and ratios that tell whether the cache works."""
-    cfg = load_config(argv, "train", usage=usage_of(""))
+    cfg = load_shape(argv, "train", usage_of(""))
     check(cfg)
     device = pick_device(cfg.run.device)
     dtype, reason = pick_dtype(cfg.run.dtype, device)
@@ -252,7 +252,7 @@ def run_side(side: str, folder: Path, argv: list[str]) -> dict[str, float]:
 def sft(argv: list[str]) -> None:
     """Trained tokens per second of each side; the sides alternate, each turn in a fresh process."""
     options, argv = split_argv(argv, {"--peer": {"action": "store_true"}})
-    cfg = load_config(argv, "finetune", usage=usage_of("sft [--peer]"))
+    cfg = load_shape(argv, "finetune", usage_of("sft [--peer]"))
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in (["ours", "peer"] if options.peer else ["ours"])}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(cfg.finetune.base_ckpt or Path(scratch) / "base")
@@ -300,7 +300,7 @@ def routing(argv: list[str]) -> None:
         },
     )
     usage = "routing [--kinds mod,dtf,tdtf] [--capacities 0.125,0.5] [--lengths 1024,4096] [--turns N]"
-    cfg = load_config(rest, "train", usage=usage_of(usage))
+    cfg = load_shape(rest, "train", usage_of(usage))
     check(cfg)
     device = pick_device(cfg.run.device)
     dtype, reason = pick_dtype(cfg.run.dtype, device)
@@ -443,6 +443,12 @@ def memory(argv: list[str]) -> None:
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
+
+
+def load_shape(argv: list[str], section: str, usage: str) -> Config:
+    """The configuration of a model with random weights, whose vocabulary is a number."""
+    cfg = load_config(argv, section, usage=usage)
+    return replace(cfg, model=plan.model_shape(cfg))
 
 
 def usage_of(command: str) -> str:

@@ -25,7 +25,6 @@ import model as dense
 import train
 from checkpoint import main as checkpoint_main
 from data import Batch, micro_batches
-from finetune import with_routers
 from model import GPT, IGNORE, ModelConfig
 from nanoqwen import evaluate, optim, plan
 from nanoqwen.config import load_config
@@ -44,7 +43,7 @@ from nanoqwen.routing import (
 from nanoqwen.runfolder import verify
 from nanoqwen.tokenizer import load_tokenizer
 from nanoqwen.weights import CheckpointError, export, is_adapter, load_model
-from train import LanguageModeling
+from train import LanguageModeling, with_routers
 
 KINDS = ("mod", "dtf", "tdtf")
 OWN = {
