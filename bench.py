@@ -1,7 +1,7 @@
 """Speed and memory: tokens per second of prefill, decode and training, each beside a baseline.
 
     python bench.py                          the shape of config.yaml, random weights
-    python bench.py --preset 50M --device cpu
+    python bench.py --preset 30M --device cpu
     python bench.py sft                      fine-tuning: trained tokens per second, and peak memory
     python bench.py sft --peer               the same beside transformers, with peft where --lora.rank is not 0
     python bench.py routing                  routed models beside dense: training, prefill, decode, cache, FLOPs

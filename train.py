@@ -1,7 +1,8 @@
 """Pretraining, and the one loop that all training shares.
 
     python train.py                                         a small model on Python's own standard library, in minutes
-    python train.py --preset 50M --data.train "notes/*.md"  another shape, another text
+    python train.py --preset 30M --data.train "notes/*.md"  another shape, another text
+    python train.py --base_ckpt SOURCE --data.train ...     from weights that there are, with their tokenizer
     torchrun --nproc_per_node 8 train.py --preset 0.5B      eight devices, the same run
 
 Read `fit` first: it is the loop. An objective is a module whose forward returns a sum and a weight; whatever is wrapped

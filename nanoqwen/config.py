@@ -46,6 +46,7 @@ DEFAULT_FILE = Path(__file__).parents[1] / "config.yaml"
 FREE_TEXT = {("infer", "prompt"), ("infer", "stop")}  # lists whose items may look like a list themselves
 HELP_WIDTH, HELP_COLUMN = 100, 36  # columns of `--help`, and where its comments begin
 AUTO_VOCAB = 2_048  # ids of a tokenizer that is trained here, unless model.vocab_size says otherwise
+LENGTHS = {"steps", "tokens", "epochs"}  # ways to say how long a run is
 WARMUP_SHARE, MAX_WARMUP = 1 / 20, 2_000  # of the steps; at most
 # The rate from scratch falls as 1 / width, as muP has it for AdamW (arXiv 2203.03466), from 4e-3 at width 128 (the
 # first run: NOTES.md). At 768 that is 6.7e-4 (GPT-2 and GPT-3 of 124 M: 6e-4), at 2,048 2.5e-4 (GPT-3 of 1.3 B: 2e-4).
@@ -347,6 +348,9 @@ def load_config(argv: Sequence[str], section: str, usage: str | None = None) -> 
         if preset not in presets:
             raise ConfigError(f"--preset: {_unknown(preset, presets, 'preset')}")
         values = _merge(values, presets[preset])
+    for name in ("train", "finetune"):  # an option says how long; what a file says of it in another unit is dropped
+        if (said := options.get(name, {})).keys() & LENGTHS:
+            values[name] = values[name] | dict.fromkeys(LENGTHS - said.keys() - {"steps"})
     return _settled(_build(Config, _merge(values, options)), section)
 
 

@@ -417,7 +417,7 @@ def test_c05_a_head_or_adapter_that_is_missing_or_another_is_an_error(base: Path
     finetune.main(options(base, rows, run, *LORA, "--steps=8"))
     more = (*LORA, "--steps=12", "--run.allow_change=finetune.steps")
     folder = resolve(run)
-    store = finetune.CheckpointWithHead(finetune.AdapterCheckpoint(LoraConfig(rank=4), "", ""), ProjectionHead(64, 16))
+    store = finetune.CheckpointWithHead(train.AdapterCheckpoint(LoraConfig(rank=4), "", ""), ProjectionHead(64, 16))
     kept = (folder / HEAD).read_bytes()
     (folder / HEAD).unlink()
     with pytest.raises(train.ResumeError, match=f"expected {HEAD}"):

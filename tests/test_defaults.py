@@ -36,6 +36,14 @@ def test_steps_follow_tokens_and_the_warmup_follows_the_steps(argv: list[str], s
     assert (loop(*argv).steps, loop(*argv).warmup_steps) == (steps, warmup)
 
 
+def test_an_option_says_how_long_whatever_a_file_says(tmp_path: Path):
+    """`--train.steps 20`, to try a recipe, was once 5,000 steps of its tokens."""
+    (tmp_path / "mine.yaml").write_text("train: {tokens: 1e6, batch_tokens: 1024}\n")
+    assert loop(str(tmp_path / "mine.yaml")).steps == 977
+    assert loop(str(tmp_path / "mine.yaml"), "--steps=20").steps == 20
+    assert loop(str(tmp_path / "mine.yaml"), "--epochs=2").tokens is None
+
+
 def test_epochs_are_counted_when_the_data_is_known(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture):
     run = tmp_path / "run"
     train.main(runs.options(corpus, run, "--train.epochs=0.05", "--train.warmup_steps=auto"))
