@@ -156,7 +156,9 @@ def wrap_model(objective: nn.Module, world: World, parallel: str) -> nn.Module:
         for block in objective.model.model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(objective.model, mesh=mesh)  # evaluation and samples call it without the objective
-        return fully_shard(objective, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+        objective._get_fsdp_state()._lazy_init()  # else the model would be the root, if an evaluation calls it first
+        return objective
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(objective, device_ids=devices)
 
