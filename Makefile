@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TESTS := $(BIN)/python -m pytest -n auto
 
-.PHONY: train test test-slow check smoke bench clean
+.PHONY: train test test-slow gpu check smoke bench clean
 
 train: $(VENV)/.user
 	$(BIN)/python train.py
@@ -15,6 +15,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(TESTS) -m "slow and not gpu"
+
+# One process: a card is not shared. With the packages that the machine has.
+gpu:
+	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

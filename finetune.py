@@ -182,7 +182,7 @@ class Contrast(LanguageModeling):
         loss = self.loss(z, groups, complete)
         batch_metrics = contrast_metrics(z.detach(), groups, complete) | {"contrast/loss": loss.detach()}
         total, metrics = self.penalised(out, targets)
-        metrics = {"loss": out.unweighted.detach(), "task": out.loss.detach()} | metrics
+        metrics = {"loss": out.sums.unweighted, "task": out.sums.cross_entropy} | metrics
         return StepLoss(total, out.weight, metrics, self.weight * loss, batch_metrics)
 
 

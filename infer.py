@@ -22,6 +22,7 @@ from nanoqwen.chat import render_chat
 from nanoqwen.config import Config, check, load_config
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, escape_terminal, run_script, say
+from nanoqwen.fast import fast
 from nanoqwen.routing import layers_per_token
 from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of
 from nanoqwen.weights import CheckpointError, checkpoint_files, load_model
@@ -87,6 +88,7 @@ class Session:
             raise CheckpointError(f"{source}: no tokenizer.json in the folder")
         self.tokenizer: Tokenizer = tokenizer
         name = str(dtype).removeprefix("torch.")
+        self.decoder = fast(self.model) if device.type == "cuda" else self.model
         size = sum(p.numel() for p in self.model.parameters())
         say(f"{source}: {size / 1e6:.1f} M parameters on {device} in {name} ({reason}), "
             f"loaded in {time.perf_counter() - started:.1f} s")  # fmt: skip
@@ -114,11 +116,11 @@ class Session:
         started, new_tokens = time.perf_counter(), 0
         decoders = [StreamDecoder(self.tokenizer, self.infer.stop) for _ in prompts]
         if self.sampling.num_beams > 1:
-            rows = generate(self.model, prompts, self.sampling, cache_dtype=self.cache_dtype)
+            rows = generate(self.decoder, prompts, self.sampling, cache_dtype=self.cache_dtype)
             new_ids = ((row, ids[len(prompts[row]) :]) for row, ids in enumerate(rows))
         else:
             events = stream(
-                self.model, prompts, self.sampling, decode=self.tokenizer.decode, cache_dtype=self.cache_dtype
+                self.decoder, prompts, self.sampling, decode=self.tokenizer.decode, cache_dtype=self.cache_dtype
             )
             new_ids = ((event.row, [event.token]) for event in events)
         for row, ids in new_ids:

@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a target that is not trained on, as in torch's own cross-entropy
 INIT_STD = 0.02  # standard deviation of fresh matrices, as in GPT-2 and Qwen2
-# Logits are the largest tensor of a small model with a large vocabulary; the loss makes at most this many at a time
-# (2**25 fp32 numbers = 128 MiB).
-LOGITS_PER_CHUNK = 2**25
+# Logits are the largest tensor of a small model with a large vocabulary; the loss makes at most this many at a time.
+LOGITS_PER_CHUNK = 2**25  # fp32 numbers: 128 MiB
+LOGITS_PER_CHUNK_CUDA = 2**29  # adding up the head's gradient once a chunk costs a GPU more than the memory does
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -504,8 +504,10 @@ def _positions_and_mask(
     The names and shapes are those of Context.
     """
     (batch, count), device = tokens.shape, tokens.device
-    first = torch.tensor(cached[:1] if len(set(cached)) == 1 else cached, device=device)
-    q_slots = first[:, None] + torch.arange(count, device=device)  # [B|1, T]
+    if len(set(cached)) == 1:  # made on the device: a copy from the host would wait for it
+        q_slots = torch.arange(cached[0], cached[0] + count, device=device)[None]  # [B|1, T]
+    else:
+        q_slots = torch.tensor(cached, device=device)[:, None] + torch.arange(count, device=device)
     custom = attn_mask is not None or allow_future
     plain = not custom and documents is None and (count == 1 or cached[0] == 0)
     if plain and _is_contiguous(cached, count, keys):
@@ -561,9 +563,18 @@ def _norm(cfg: ModelConfig) -> nn.Module:
     return nn.LayerNorm(cfg.hidden_size, cfg.rms_norm_eps, bias=cfg.bias)
 
 
+def _shares_keys(q: Tensor, mask: Tensor | None) -> bool:
+    """Flash attention does; the math path that would be taken otherwise writes B x H x T x S scores in fp32."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return mask is None and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context, dropout: float) -> Tensor:
-    """q [B, H, T, D] over k, v [B, K, S, D] -> [B, H, T, D]. Keys are never repeated for the heads that share them."""
+    """q [B, H, T, D] over k, v [B, K, S, D] -> [B, H, T, D]. Keys are repeated for the heads that share them only where
+    no fused kernel of CUDA shares them itself: with a mask, in fp32, and on GPUs before Ampere."""
     batch, heads, tokens, size = q.shape
+    if q.is_cuda and tokens > 1 and heads != k.shape[1] and not _shares_keys(q, ctx.mask):
+        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
     if tokens == 1:  # the queries of a group become one small matrix over their keys: twice as fast as enable_gqa
         folded = q.reshape(batch, k.shape[1], -1, size)
         y = F.scaled_dot_product_attention(folded, k, v, attn_mask=ctx.mask, dropout_p=dropout)
@@ -655,6 +666,94 @@ class Decoder(nn.Module):
         self.norm = _norm(cfg)
 
 
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+class HeadSums(NamedTuple):
+    """Over all targets. Only the first carries a gradient."""
+
+    loss: Tensor  # weighted cross-entropy, plus the z-loss
+    cross_entropy: Tensor  # weighted
+    unweighted: Tensor  # cross-entropy as if all weights were 1
+    log_z_squares: Tensor
+
+
+def logits_per_chunk(device: torch.device) -> int:
+    return LOGITS_PER_CHUNK_CUDA if device.type == "cuda" else LOGITS_PER_CHUNK
+
+
+def cross_entropy_with_gradient(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """The HeadSums [4] of logits [N, V], and the gradient of their first with respect to the logits.
+
+    With p = softmax(logits), that of a row's cross-entropy is p - onehot(target), that of (log Z)^2 is 2 log Z p.
+    """
+    real, index, dtype = targets != IGNORE, targets.clamp(min=0)[:, None], logits.dtype
+    logits = logits.float()
+    log_p = logits.log_softmax(-1)
+    losses = torch.where(real, -log_p.gather(1, index)[:, 0], 0)
+    log_z = torch.where(real, logits.gather(1, index)[:, 0] + losses, 0)
+    weighted, counted = losses, real.float()
+    if weights is not None:
+        weighted, counted = losses * weights, counted * weights
+    squares = log_z.square().sum()
+    sums = torch.stack([weighted.sum() + z_loss * squares, weighted.sum(), losses.sum(), squares])
+    del logits  # log_p takes its place
+    gradient = log_p.exp_().mul_((counted + 2 * z_loss * log_z)[:, None])
+    if torch.compiler.is_compiling():  # in one pass over the logits, which scattering would not be
+        ids = torch.arange(gradient.shape[1], device=gradient.device)
+        return sums, torch.where(ids == index, gradient - counted[:, None], gradient).to(dtype)
+    return sums, gradient.scatter_add_(1, index, -counted[:, None]).to(dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """HeadSums of the logits hidden [N, E] @ weight.T, `rows` of them at a time.
+
+    The forward makes the gradients too: neither are logits kept for the backward, nor computed twice. The gradient of
+    the weight is summed in fp32, whatever the products are computed in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float, rows: int,
+        loss_of_chunk: Callable,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        head, (wants_hidden, wants_weight) = weight.to(dtype), ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        sums, chunks = torch.zeros(4, device=hidden.device), max(1, -(-len(hidden) // rows))
+        with torch.autocast(device, enabled=False):
+            size = -(-len(hidden) // chunks)  # alike, but for the last: a shape that a compiler has seen
+            for part in (slice(start, start + size) for start in range(0, max(1, len(hidden)), max(1, size))):
+                inputs = hidden[part].to(dtype)
+                of_chunk, gradient = loss_of_chunk(
+                    inputs @ head.T, targets[part], None if weights is None else weights[part], z_loss
+                )
+                sums += of_chunk
+                if wants_hidden:
+                    d_hidden[part] = gradient @ head
+                if wants_weight and dtype == torch.float32:
+                    torch.addmm(d_weight, gradient.T, inputs, out=d_weight)
+                elif wants_weight:
+                    d_weight += gradient.T @ inputs
+        ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight.dtype
+        loss, *others = sums.unbind()
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.gradients  # multiplied in place: of a large vocabulary, there is no room for copies
+        del ctx.gradients
+        d_hidden = None if d_hidden is None else d_hidden.mul_(upstream)
+        d_weight = None if d_weight is None else d_weight.mul_(upstream).to(ctx.dtype)
+        return d_hidden, d_weight, None, None, None, None, None
+
+
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
@@ -678,11 +777,11 @@ class Router(Protocol):
 class Output(NamedTuple):
     hidden: Tensor  # [B, T, E], after the last norm
     logits: Tensor | None  # fp32 [B, T, V]; with a cache [B, 1, V], each row's last token; None with targets
-    loss: Tensor | None  # summed over the targets
+    loss: Tensor | None  # summed over the targets; in training mode with the z-loss
     weight: Tensor | None  # how many targets there were
-    penalties: dict[str, Tensor]  # z_loss summed over the targets; those of routers as means of each row, [B]
+    penalties: dict[str, Tensor]  # of routers, means of each row, [B]
     stats: dict[str, Tensor]
-    unweighted: Tensor | None = None  # the loss as if all weights of targets were 1
+    sums: HeadSums | None = None  # what the loss is made of
 
 
 def _counts(tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
@@ -714,7 +813,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.rope = Rope()
         self.checkpoint_activations = False  # recompute each layer in the backward instead of keeping its activations
-        self.z_loss = False  # also return the summed squares of log Z as penalties["z_loss"]
+        self.z_loss = 0.0  # weight of the squares of log Z in the loss; like dropout, of training mode alone
+        self.loss_of_chunk = cross_entropy_with_gradient  # or a compiled copy of it
         init_weights(self)
 
     def forward(
@@ -760,10 +860,8 @@ class GPT(nn.Module):
         if lengths is not None:
             ends = torch.tensor(counts, device=tokens.device)[:, None]
             targets = targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= ends, IGNORE)
-        loss, log_z_squares, unweighted = self._summed_loss(hidden, targets, at, weights)
-        if self.z_loss:
-            penalties["z_loss"] = log_z_squares
-        return Output(hidden, None, loss, (targets != IGNORE).sum(), penalties, stats, unweighted)
+        sums = self._summed_loss(hidden, targets, at, weights)
+        return Output(hidden, None, sums.loss, (targets != IGNORE).sum(), penalties, stats, sums)
 
     def _run_layers(self, x: Tensor, ctx: Context, penalties: dict[str, Tensor], stats: dict[str, Tensor]) -> Tensor:
         before = x
@@ -780,6 +878,9 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] -> fp32 [..., V]"""
         return F.linear(hidden, self.get_output_embeddings().weight).float()
+
+    def new_cache(self, rows: int, dtype: torch.dtype | None, length: int) -> KVCache:
+        return KVCache(self.cfg, rows, dtype, length)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
@@ -855,38 +956,20 @@ class GPT(nn.Module):
         if len(cache.lengths) != len(tokens):
             raise ValueError(f"the cache has {len(cache.lengths)} rows, the tokens {len(tokens)}")
 
-    def _summed_loss(
-        self, hidden: Tensor, targets: Tensor, at: Tensor | None, weights: Tensor | None = None
-    ) -> list[Tensor]:
-        """Summed (weighted) cross-entropy, squares of log Z, and cross-entropy without weights.
-
-        At most LOGITS_PER_CHUNK logits exist at a time.
-        """
+    def _summed_loss(self, hidden: Tensor, targets: Tensor, at: Tensor | None, weights: Tensor | None) -> HeadSums:
+        """Of hidden [B, T, E]. At most LOGITS_PER_CHUNK logits exist at a time."""
         if targets.shape != hidden.shape[:2]:
             raise ValueError(f"targets: expected {tuple(hidden.shape[:2])}, got {tuple(targets.shape)}")
-        rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
-        flat = [hidden.flatten(0, 1), targets.flatten(), *([] if weights is None else [weights.flatten()])]
+        hidden, targets, weights = (
+            hidden.flatten(0, 1),
+            targets.flatten(),
+            None if weights is None else weights.flatten(),
+        )
         if at is not None:
-            flat = [tensor[at] for tensor in flat]
-        chunks = list(zip(*(tensor.split(rows) for tensor in flat), strict=True))
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            sums = [self._chunk_loss(*chunk) for chunk in chunks]
-        else:  # the backward computes each chunk's logits again
-            sums = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
-        return [sum(column) for column in zip(*sums, strict=True)]
-
-    def _chunk_loss(
-        self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.logits(hidden)
-        log_z_squares = torch.zeros((), device=logits.device)
-        if self.z_loss:
-            log_z_squares = torch.where(targets != IGNORE, logits.logsumexp(-1), 0.0).square().sum()
-        if weights is None:
-            loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-            return loss, log_z_squares, loss
-        losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-        return (losses * weights).sum(), log_z_squares, losses.sum()
+            hidden, targets, weights = hidden[at], targets[at], None if weights is None else weights[at]
+        head, z_loss = self.get_output_embeddings().weight, self.z_loss if self.training else 0.0
+        rows = max(1, logits_per_chunk(hidden.device) // self.cfg.vocab_size)
+        return HeadSums(*LinearCrossEntropy.apply(hidden, head, targets, weights, z_loss, rows, self.loss_of_chunk))
 
 
 # --- initialisation ---------------------------------------------------------------------------------------------------
@@ -1104,7 +1187,7 @@ class _Request:
     def restart(self) -> None:
         """Begin with an empty cache."""
         rows = len(self.prompt_of_row)
-        self.cache = KVCache(self.model.cfg, rows, self.cache_dtype, self.length) if self.use_cache else None
+        self.cache = self.model.new_cache(rows, self.cache_dtype, self.length) if self.use_cache else None
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """fp32 [B, V] for the token after each row. Only what the cache has not seen is fed to the model."""

@@ -58,10 +58,10 @@ class LanguageModeling(nn.Module):
     def __init__(self, model: GPT, penalties: dict[str, float]):
         super().__init__()
         self.head: nn.Module | None = None  # what is trained beside the model
-        # Penalties of routers stay even at weight 0: ranks wait for a gradient of every parameter.
-        self.penalties = {name: weight for name, weight in penalties.items() if weight or name != "z_loss"}
+        # Those of routers are added even at weight 0: ranks wait for a gradient of every parameter.
+        self.penalties = {name: weight for name, weight in penalties.items() if name != "z_loss"}
         self.model = model
-        model.z_loss = "z_loss" in self.penalties
+        model.z_loss = penalties.get("z_loss", 0.0)
 
     def before_step(self, micros: list[Micro], wrapped: nn.Module) -> list[Micro]:
         """The micro-batches of a step, before the first forward; an objective may add what it needs of all of them."""
@@ -77,7 +77,7 @@ class LanguageModeling(nn.Module):
     ) -> StepLoss:
         out = self.model(tokens, targets, documents=documents, at=at)
         total, metrics = self.penalised(out, targets)
-        return StepLoss(total, out.weight, {"loss": out.loss.detach()} | metrics)
+        return StepLoss(total, out.weight, {"loss": out.sums.cross_entropy} | metrics)
 
     def penalised(self, out: Output, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss plus penalties, sums to log about these)"""
@@ -85,11 +85,12 @@ class LanguageModeling(nn.Module):
             raise ValueError(f"penalties: expected weights of {sorted(out.penalties)}, got {sorted(self.penalties)}")
         # A row's mean counts as often as the row has targets: so the sum does not depend on how a batch is cut.
         counts = (targets != IGNORE).sum(1)
-        sums = {n: value if n == "z_loss" else (value * counts).sum() for n, value in out.penalties.items()}
+        sums = {name: (value * counts).sum() for name, value in out.penalties.items()}
         total = sum((weight * sums[name] for name, weight in self.penalties.items()), out.loss)
         metrics = {}
         if self.model.routing is not None:
-            metrics |= {"train/loss": total, "train/lm_loss": out.loss} | {f"train/{n}": s for n, s in sums.items()}
+            metrics |= {"train/loss": total, "train/lm_loss": out.sums.cross_entropy}
+            metrics |= {f"train/{name}": value for name, value in sums.items()}
             metrics |= {f"router/{n}": value * out.weight for n, value in routing.mean_stats(out.stats).items()}
         return total, metrics
 
@@ -286,7 +287,7 @@ def fit(
         if resumed:
             log.event(**resumed, changed=changed)
         else:
-            with log.pause():
+            with log.pause(), distributed.uncompiled():
                 evaluate_now(trainer, log, progress)
         while not progress.finished and not leaving:
             step = progress.step
@@ -313,7 +314,7 @@ def fit(
                 say(f"warning: never a gradient for {len(idle)} parameters: {', '.join(idle[:5])}")
             if last or done % loop.eval_every == 0:
                 log.flush()
-                with log.pause():
+                with log.pause(), distributed.uncompiled():
                     evaluate_now(trainer, log, progress)
             if progress.finished or leaving or done % cfg.run.save_every == 0 or progress.best["step"] == done:
                 log.flush()
@@ -354,7 +355,8 @@ def sample_continuation(trainer: Trainer, prompt: list[int], eos: int | list[int
     length = min(trainer.loop.sample_tokens, model.cfg.context - len(prompt))
     params = {"max_new_tokens": length, "temperature": 0.8, "top_p": 0.95, "seed": trainer.cfg.run.seed}
     banned = range(tokenizer.n_vocab, model.cfg.vocab_size)  # ids that stand for nothing
-    (ids,) = generate(model, [prompt], eos=eos, banned=banned, **params)
+    with trainer.autocast:
+        (ids,) = generate(model, [prompt], eos=eos, banned=banned, **params)
     sample: dict[str, Any] = {"text": tokenizer.decode(ids[len(prompt) :], skip_special=True)}
     if model.routing is not None:  # prompt and text, each piece with how many of the routed layers computed it
         pieces = zip(pieces_of(tokenizer, ids), routing.layers_per_token(model, ids), strict=True)
@@ -539,7 +541,9 @@ def make_trainer(
     forward = plan.Forward(dtype, objective.head, batches.targets, batches.isolated)
     rows = plan.micro_rows(cfg, model, loop, world, forward)
     plan.print_plan(cfg, model, loop, world, batches, rows, forward, reason, peak)
-    objective = distributed.compile_objective(objective, loop.compile, loop.seq_len, device, cfg.run.parallel)
+    tokens = loop.steps * loop.batch_tokens / world.size
+    flops = tokens * routing.flops_per_token(model.cfg, model.routing, loop.seq_len)
+    objective = distributed.compile_objective(objective, loop.compile, flops, loop.seq_len, device)
     return Trainer(
         cfg=cfg,
         loop=loop,

@@ -10,6 +10,7 @@ import gc
 import os
 import platform
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nanoqwen.errors import ConfigError, Preempted, WorldError, say
 
 Result = TypeVar("Result")
+WORTH_COMPILING = 1e16  # FLOPs of a run: half a minute of an H100, about what compiling takes
 TIMEOUT = timedelta(hours=4)  # that ranks wait for each other: one prepares the data, or writes a large checkpoint
 
 
@@ -41,11 +43,10 @@ class World:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first CUDA device, else an Apple GPU, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    # With its index, as tensors name it: what compares the two would compile and build tables twice.
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def name_of(device: torch.device) -> str:
@@ -102,7 +103,10 @@ def start(device: str) -> World:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     # Flags travel as CPU tensors over gloo, so that no step waits for the device.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if chosen.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=chosen)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), local_rank, size, chosen)
 
 
@@ -119,9 +123,13 @@ def stop(world: World) -> None:
 # --- compiling and wrapping -------------------------------------------------------------------------------------------
 
 
-def compile_objective(objective: nn.Module, mode: str, seq_len: int, device: torch.device, parallel: str) -> nn.Module:
-    """Compile in place: mode off, on, or auto, which compiles on CUDA alone, where it pays within seconds."""
-    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+def compile_objective(objective: nn.Module, mode: str, flops: float, seq_len: int, device: torch.device) -> nn.Module:
+    """Compile in place: mode off, on, or auto, which compiles on CUDA alone, for a run of enough `flops`.
+
+    Each layer by itself, and the loss of a chunk of logits: one small graph each, which all layers and all chunks
+    share. One graph of the whole would unroll them: minutes of compiling, and anew for each number of targets.
+    """
+    if mode == "off" or (mode == "auto" and (device.type != "cuda" or flops < WORTH_COMPILING)):
         return objective
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
@@ -133,12 +141,17 @@ def compile_objective(objective: nn.Module, mode: str, seq_len: int, device: tor
         return objective
     model = objective.model  # whose rotary tables are made now: grown later, they would compile everything again
     model.rope.tables(model.cfg, seq_len, seq_len, device)
-    if parallel == "fsdp":
-        for block in model.model.layers:  # sharding hooks stand around each block
-            block.compile()
-    else:
-        objective.compile()
+    for block in model.model.layers:
+        block.compile()
+    model.loss_of_chunk = torch.compile(model.loss_of_chunk)
     return objective
+
+
+def uncompiled() -> Any:
+    """A context in which modules run as written: evaluation and samples have shapes of their own, each of which would
+    be compiled."""
+    compiler_loaded = "torch._dynamo" in sys.modules  # which takes half a second, for a run that compiles nothing
+    return torch.compiler.set_stance("force_eager") if compiler_loaded else nullcontext()
 
 
 def wrap_model(objective: nn.Module, world: World, parallel: str) -> nn.Module:

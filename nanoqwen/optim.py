@@ -93,11 +93,12 @@ class Optimizers:
     def step(self, skip: Tensor) -> None:
         """Move the weights, unless the flag `skip` (0 or 1, fp32) is set: then weights, moments and counts all stay."""
         for optimizer in self.members:
-            if isinstance(optimizer, torch.optim.AdamW):
-                # The fused kernel's own switch, which torch's GradScaler sets too: no host sync.
+            # The fused kernel's own switch, which torch's GradScaler sets too: no host sync. Muon has none, and that of
+            # Apple GPUs is ignored by torch before 2.13.
+            if isinstance(optimizer, torch.optim.AdamW) and skip.device.type != "mps":
                 optimizer.found_inf, optimizer.grad_scale = skip, None
                 optimizer.step()
-            elif not skip.item():  # Muon has no such switch
+            elif not skip.item():
                 optimizer.step()
 
     def zero_grad(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from model import GPT, LOGITS_PER_CHUNK, ModelConfig
+from model import GPT, ModelConfig, logits_per_chunk
 from nanoqwen.config import (
     Config,
     FinetuneConfig,
@@ -133,7 +133,7 @@ def memory_estimate(
     trained, muon = sum(sizes.values()), sizes.get("muon", 0)
     head = sum(p.numel() for p in forward.head.parameters()) if forward.head is not None else 0
     activations = activation_bytes(model, train, rows, forward)
-    logits = logit_bytes(model, train, rows, forward)
+    logits = logit_bytes(model, train, rows, forward, device)
     in_flight = backward_bytes(model, train, rows, forward)
     # The gradients of the layers come as their activations go, so they fill holes in the heap.
     weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.requires_grad)
@@ -181,10 +181,10 @@ def backward_bytes(model: GPT, train: TrainConfig, rows: int, forward: Forward) 
     return rows * train.seq_len * (forward.dtype.itemsize * 4 * m.intermediate_size + 4 * 2 * m.hidden_size)
 
 
-def logit_bytes(model: GPT, train: TrainConfig, rows: int, forward: Forward) -> float:
-    """Logits, their softmax and its gradient, in fp32, of one chunk."""
-    tokens = rows * train.seq_len
-    return 3 * 4 * min(forward.target_fraction * tokens * model.cfg.vocab_size, LOGITS_PER_CHUNK)
+def logit_bytes(model: GPT, train: TrainConfig, rows: int, forward: Forward, device: str) -> float:
+    """Logits of one chunk and their softmax in fp32, which becomes their gradient; of half precision logits, a copy."""
+    logits = forward.target_fraction * rows * train.seq_len * model.cfg.vocab_size
+    return (8 if forward.dtype.itemsize == 4 else 10) * min(logits, logits_per_chunk(torch.device(device)))
 
 
 def copied_bytes(model: GPT, train: TrainConfig, forward: Forward) -> float:

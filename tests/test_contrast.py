@@ -317,7 +317,7 @@ def test_weights_of_targets_reach_the_loss_in_any_chunk(chunk: int, monkeypatch:
     logits = gpt(ids[:, :-1]).logits
     each = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     assert out.loss.item() == pytest.approx((each * weights.flatten()).sum().item(), rel=1e-5)
-    assert out.unweighted.item() == pytest.approx(each.sum().item(), rel=1e-5)
+    assert out.sums.unweighted.item() == pytest.approx(each.sum().item(), rel=1e-5)
     out.loss.backward()
 
 

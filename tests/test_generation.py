@@ -28,6 +28,7 @@ from model import (
     sample,
     stream,
 )
+from nanoqwen.fast import fast
 
 VOCAB = tiny.SHAPE["vocab_size"]
 
@@ -52,6 +53,9 @@ class Markov(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
+
+    def new_cache(self, rows: int, dtype: torch.dtype | None, length: int) -> KVCache:
+        return KVCache(self.cfg, rows, dtype, length)
 
     def forward(self, tokens, *, cache=None, lengths=None, attn_mask=None, length=None) -> Output:
         logits = self.table[tokens]
@@ -721,3 +725,31 @@ def test_g11_the_time_of_a_cached_token_is_flat():
 def test_public_names_are_documented():
     for name in ("generate", "stream", "beam_search", "sample", "filter_logits", "apply_penalties", "Sampling"):
         assert getattr(model_module, name).__doc__
+
+
+# --- the twin for decoding --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
+def test_the_fast_twin_writes_the_same_text(name: str):
+    """Greedy, sampled and by beams; rows of several lengths, one of which ends early. On CUDA: tests/test_gpu.py."""
+    plain, twin = tiny.model(name), fast(tiny.model(name))
+    prompts = [[1, 2, 3], [4, 5], [7, 8, 9, 10, 11]]
+    ends = generate(plain, prompts, max_new_tokens=6, temperature=0.0)[0][-1]
+    for options in (
+        {"temperature": 0.0},
+        {"temperature": 0.0, "eos": ends},
+        {"seed": 1, "top_p": 0.9},
+        {"num_beams": 3},
+    ):
+        expected = generate(plain, prompts, max_new_tokens=20, **options)
+        assert generate(twin, prompts, max_new_tokens=20, **options) == expected, options
+
+
+def test_the_fast_twin_shares_the_weights():
+    model = tiny.model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    twin = fast(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    fused = twin.blocks[0].qkv.weight.untyped_storage().data_ptr()
+    assert model.model.layers[0].self_attn.v_proj.weight.untyped_storage().data_ptr() == fused
