@@ -101,7 +101,7 @@ LARGE_SCALE = """
 import torch
 class Scaler(torch.amp.GradScaler):
     def __init__(self, device, enabled):
-        super().__init__(device, init_scale=2.0**24, growth_interval=6, enabled=enabled)
+        super().__init__(device, init_scale=2.0**26, growth_interval=6, enabled=enabled)
 torch.amp.GradScaler = Scaler
 """
 

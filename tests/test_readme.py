@@ -75,7 +75,6 @@ SHORTER = [
     (r"--(train\.)?steps \d+", r"--\1steps 2"),
     (r"step-00000800", "step-00000004"),
     (r"--tasks hellaswag,arc_easy", "--tasks mine --include_path tasks"),
-    (r"--data\.tokenizer gpt2", "--data.tokenizer bytes"),
     (r"(checkpoint\.py push .*?)( --dry_run)?$", r"\1 --dry_run"),
     (r"bench\.py routing$", "bench.py routing --kinds mod --capacities 0.5 --lengths 64 --turns 1"),
 ]
