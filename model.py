@@ -934,8 +934,8 @@ class GPT(nn.Module):
         cos = sin = None
         reach = max(cached) + count  # padding included: it has positions too
         if self.cfg.positions == "rope":
-            length = length or (cache.length if cache is not None else reach)
-            cos, sin = self.rope.tables(self.cfg, reach, length, tokens.device)
+            positions_to_come = reach if cache is None else max(reach, cache.length)
+            cos, sin = self.rope.tables(self.cfg, positions_to_come, length or positions_to_come, tokens.device)
             cos, sin = cos[positions][:, None], sin[positions][:, None]
         elif longest > self.cfg.max_position_embeddings:
             table = self.cfg.max_position_embeddings
@@ -1402,7 +1402,7 @@ def beam_search(
         if not running:
             break
         ids = [beam.ids for row in running for beam in beams[row]]
-        log_p = apply_penalties(request.logits(ids), ids, step, sampling).log_softmax(dim=-1)
+        log_p = apply_penalties(request.logits(ids).log_softmax(dim=-1), ids, step, sampling)  # not normalised again
         parents, start = [], 0
         for row in running:
             count = len(beams[row])

@@ -139,8 +139,7 @@ def train_step(
     optimizers.zero_grad()
     averages = all_reduce_sum(torch.stack([value.float() for value in sums.values()]), world) / weight
     metrics = dict(zip(sums, averages, strict=True))
-    if "train/lm_loss" in metrics:
-        metrics["train/perplexity"] = metrics["train/lm_loss"].exp()
+    metrics["train/perplexity"] = metrics["loss"].exp()
     return metrics | (out.batch_metrics or {}) | {"grad_norm": norm, "targets": weight, "skipped": skip}
 
 

@@ -147,12 +147,12 @@ class Plateau:
         self.cfg, self.scale, self.best, self.bad, self.cooldown = cfg, 1.0, math.inf, 0, 0
 
     def update(self, loss: float) -> None:
+        """Torch's ReduceLROnPlateau: every evaluation cools down, a better one too, and none counts meanwhile."""
+        self.bad += 1
         if loss < self.best * (1 - self.cfg.plateau_threshold):
             self.best, self.bad = loss, 0
-        elif self.cooldown:
-            self.cooldown -= 1
-        else:
-            self.bad += 1
+        if self.cooldown:
+            self.cooldown, self.bad = self.cooldown - 1, 0
         if self.bad > self.cfg.plateau_patience:
             self.scale = max(self.scale * self.cfg.plateau_factor, self.cfg.floor)
             self.bad, self.cooldown = 0, self.cfg.plateau_cooldown

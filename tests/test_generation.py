@@ -678,9 +678,11 @@ def test_filtered_distributions_are_those_of_transformers():
 def test_penalties_are_those_of_transformers(oracle):
     ours, theirs = oracle
     rows = [prompt(4 + i, i, vocab=41) for i in range(3)]
-    for extra in ({"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 6}):
-        expected = [transformers_ids(theirs, [row], 7, max_new_tokens=15, **extra)[0] for row in rows]
-        assert greedy(ours, rows, eos=7, max_new_tokens=15, **extra) == expected
+    penalties = [{"repetition_penalty": penalty} for penalty in (0.7, 1.4, 2.0)]
+    for extra, beams in itertools.product((*penalties, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 6}), (1, 2, 4)):
+        options = extra | {"max_new_tokens": 15, "num_beams": beams}
+        expected = [transformers_ids(theirs, [row], 7, **options)[0] for row in rows]
+        assert greedy(ours, rows, eos=7, **options) == expected, options
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
