@@ -23,9 +23,10 @@ from nanoqwen.config import Config, check, load_config
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, escape_terminal, run_script, say
 from nanoqwen.fast import fast
+from nanoqwen.manifest import checkpoints
 from nanoqwen.routing import layers_per_token
 from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of
-from nanoqwen.weights import CheckpointError, checkpoint_files, load_model
+from nanoqwen.weights import CheckpointError, load_model
 
 RUNS = Path("runs")
 CHAT_HELP = "/help lists the commands, /reset forgets the conversation, Ctrl-C cuts an answer short, Ctrl-D ends"
@@ -42,8 +43,8 @@ def write(text: str) -> None:
 
 def newest_run() -> Path:
     """The run folder under runs/ whose newest checkpoint is the youngest."""
-    files = sorted(file for run in sorted(RUNS.glob("*")) for file in checkpoint_files(run))
-    ages = {path.parents[2]: path.stat().st_mtime for path in files}
+    manifests = [path / "manifest.json" for run in sorted(RUNS.glob("*")) for _, path in checkpoints(run)]
+    ages = {path.parents[2]: path.stat().st_mtime for path in manifests if path.is_file()}
     if not ages:
         raise CheckpointError(f"no run under {RUNS}/: train one with `make train`, or name a source with --ckpt")
     return max(ages, key=ages.__getitem__)

@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike
 from nanoqwen.config import dump, load_config
 from nanoqwen.errors import ConfigError, run_script, warn
 from nanoqwen.files import read_json_or_empty, write_atomic
+from nanoqwen.manifest import checkpoints
 from nanoqwen.run_reader import (
     EMPTY,
     Run,
@@ -136,8 +137,8 @@ def duration(seconds: float, digits: int = 3) -> str:
 def parameters(run: Run) -> tuple[int, int]:
     """(of the model, of adapters) in the newest checkpoint, by the headers of its files; 0 where there are none."""
     try:
-        newest = max((run.folder / "checkpoints").glob("step-*"), default=None, key=lambda path: path.name)
-        stored = inventory(newest) if newest else {}
+        listed = checkpoints(run.folder)
+        stored = inventory(listed[-1][1]) if listed else {}
         sizes = [
             sum(math.prod(json.loads(kind.partition(" ")[2])) for name, kind in stored.items()
                 if name.startswith(f"{file}:"))

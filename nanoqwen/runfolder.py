@@ -48,15 +48,14 @@ from nanoqwen.files import (
     write_atomic,
     write_new,
 )
+from nanoqwen.manifest import REPLACED, checkpoints, none_usable, problem_of
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import CheckpointError, hash_tensor, open_safetensors, safetensors_header, write_folder
 
 FORMAT = 2  # of a checkpoint; raised when an older program would misread a newer one
 DIGEST_KEYS = ("step", "lr", "cursor", "rng")  # of state.json: with the tensors they determine how a run continues
 FILES_PER_CHECKPOINT = 16  # a dozen, and some to spare
-DELETED, REPLACED = ".del-", ".old-"  # prefixes: being deleted; about to be replaced by a new checkpoint of the step
-# Files that a program could load as a part of the checkpoint; a README or a picture does no harm.
-LOADABLE = {".json", ".safetensors", ".bin", ".pt", ".pth", ".jinja", ".model", ".py", ".txt"}
+DELETED = ".del-"  # prefix of what is being deleted
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "tiktoken", "datasets")
 
 
@@ -178,8 +177,8 @@ def _prune(run: Path, step: int, keep: int, best: int | None) -> None:
     Later ones stay until the run reaches them: they are damaged, or the user has resumed from an earlier step.
     Only sizes are compared here: reading all checkpoints at each save would take longer than the save.
     """
-    steps = {number: folder for number, folder in _checkpoints(run) if folder.name.startswith("step-")}
-    complete = [n for n in sorted(steps, reverse=True) if n < step and not _problem(steps[n], hashes=False)]
+    steps = {number: folder for number, folder in checkpoints(run) if folder.name.startswith("step-")}
+    complete = [n for n in sorted(steps, reverse=True) if n < step and not problem_of(steps[n], hashes=False)]
     wanted = {best, *[step, *complete][: max(1, keep)]}
     _delete_all([*(steps[n] for n in steps if n < step and n not in wanted), *_leftovers(run)])
 
@@ -232,11 +231,11 @@ def verify(folder: Path) -> str:
     Changes nothing. Files that nobody would load may lie beside those of the manifest.
     """
     if (folder / "checkpoints").is_dir():
-        checkpoints = _checkpoints(folder)
-        if not checkpoints:
+        listed = checkpoints(folder)
+        if not listed:
             raise CheckpointError(f"{folder}: no checkpoint under {folder / 'checkpoints'}")
-        folder = checkpoints[-1][1]
-    if problem := _problem(folder):
+        folder = listed[-1][1]
+    if problem := problem_of(folder):
         raise CheckpointError(problem)
     state = read_state(folder)
     name = re.fullmatch(r"step-(\d{8,})", folder.name)
@@ -250,8 +249,8 @@ def newest_valid(run: Path) -> Path | None:
 
     None means that there never was one. If all are damaged, a fresh start would hide the loss: a CheckpointError.
     """
-    checkpoints = _checkpoints(run)
-    for _, folder in reversed(checkpoints):
+    listed = checkpoints(run)
+    for _, folder in reversed(listed):
         try:
             verify(folder)
         except FormatError:
@@ -260,9 +259,8 @@ def newest_valid(run: Path) -> Path | None:
             warn(f"damaged checkpoint ignored: {error}")
         else:
             return folder
-    if checkpoints:
-        count = len(checkpoints)
-        raise CheckpointError(f"{run}: none of its {count} checkpoints is usable (another run folder starts afresh)")
+    if listed:
+        raise CheckpointError(f"{none_usable(run)} (another run folder starts afresh)")
     return None
 
 
@@ -289,43 +287,8 @@ def _digest(folder: Path, state: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) by rising step; after a kill between two renames the only copy has the name of a replaced one."""
-    parent = run / "checkpoints"
-    names = {path: re.fullmatch(rf"({re.escape(REPLACED)})?step-(\d{{8,}})", path.name) for path in _listed(parent)}
-    rows = sorted((int(name[2]), not name[1], path) for path, name in names.items() if name)
-    return [(step, path) for step, _, path in rows]
-
-
 def _listed(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _problem(folder: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with the files of a checkpoint, compared with its manifest."""
-    manifest = folder / "manifest.json"
-    try:
-        entries = read_json(manifest).get("files")
-        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-            return f"{manifest}: expected a table of files"
-        for name, entry in entries.items():
-            file = folder / name
-            if Path(name).name != name:
-                return f"{manifest}: expected names of files in the same folder, got {name!r}"
-            if not file.is_file():
-                return f"{file}: missing"
-            if file.stat().st_size != entry.get("size"):
-                return f"{file}: expected {entry.get('size')} bytes, got {file.stat().st_size}"
-            if hashes and sha256_of(file) != entry.get("sha256"):
-                return f"{file}: changed since it was written (SHA-256)"
-        for file in sorted(folder.iterdir()):
-            if file.suffix in LOADABLE and file.name not in {*entries, manifest.name}:
-                return f"{file}: not part of this checkpoint, but could be loaded with it"
-    except CheckpointError as error:
-        return str(error)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in a name
-        return f"{folder}: not readable: {error}"
-    return None
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from model import GPT, ModelConfig
 from nanoqwen import lora
 from nanoqwen.errors import CheckpointError, ConfigError, DataError, LoraError, warn
-from nanoqwen.files import json_bytes, new_folder, read_json, read_json_or_empty
+from nanoqwen.files import json_bytes, new_folder, read_json
 from nanoqwen.hf_format import OWN_TYPE, config_from_hf, config_to_hf, from_hf, model_type, routing_from_hf, to_hf
 from nanoqwen.lora import LoraConfig, apply_lora, load_lora, lora_state, merge_lora
+from nanoqwen.manifest import best_checkpoint, readable
 from nanoqwen.routing import RoutingConfig, build_model, make_routers, routed_layers
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,6 +39,7 @@ SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into seve
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 # What we record about an adapter's base beside its name, in a file of its own: PEFT warns about unknown keys.
 BASE_RECORD = "base.json"
+PRUNED_TIMES = 5  # that a reader of a run under way tries the next checkpoint
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
 
 
@@ -45,7 +47,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
 
 
 def resolve(source: str | Path) -> Path:
-    """The folder that holds the weights of a source."""
+    """The folder that holds the weights of a source. One of our checkpoints is compared with its manifest first."""
     try:
         return _resolve(Path(source))
     except OSError as error:  # a name too long, a folder that is not ours to read
@@ -54,12 +56,9 @@ def resolve(source: str | Path) -> Path:
 
 def _resolve(folder: Path) -> Path:
     if (folder / "checkpoints").is_dir():
-        steps = sorted(file.parent for file in checkpoint_files(folder))
-        if not steps:
-            raise CheckpointError(f"{folder}: no checkpoint under {folder / 'checkpoints'}")
-        return _best_of(steps[-1])
+        return best_checkpoint(folder)
     if (folder / "config.json").is_file() or is_adapter(folder):
-        return folder
+        return readable(folder)
     if folder.exists():
         raise CheckpointError(f"{folder}: expected a folder with a config.json or with checkpoints/, or an adapter")
     if HUB_ID.fullmatch(str(folder)):
@@ -72,22 +71,8 @@ def config_of(source: str | Path) -> ModelConfig:
     return config_from_hf(read_json(resolve(source) / "config.json"))
 
 
-def _best_of(newest: Path) -> Path:
-    """The checkpoint with the lowest validation loss, as the newest one of the same run has recorded it."""
-    best = read_json_or_empty(newest / "state.json").get("best")
-    step = best.get("step") if isinstance(best, dict) else None  # None: another program's, or not evaluated yet
-    folder = newest.with_name(f"step-{step:08d}") if isinstance(step, int) else newest
-    return folder if (folder / "manifest.json").is_file() else newest
-
-
 def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
-
-
-def checkpoint_files(run: Path) -> Iterator[Path]:
-    """One file of each checkpoint of a run folder: the configuration of its model or of its adapter."""
-    for name in ("config.json", ADAPTER_CONFIG):
-        yield from run.glob(f"checkpoints/step-*/{name}")
 
 
 def _download(hub_id: str) -> Path:
@@ -209,12 +194,29 @@ def load_model(
     With `routing` a dense source gets new routers, drawn from torch's generator, and nothing else may be missing.
     Routers stay in fp32 whatever the dtype: scores that round to equal ones would select by position.
     """
-    folder = resolve(source)
+    for _ in range(PRUNED_TIMES):
+        folder = resolve(source)
+        try:
+            return _load(folder, torch.device(device), dtype, merge, routing, allow_mismatch)
+        except CheckpointError:
+            if folder.exists():
+                raise  # else a run that goes on has deleted it while it was read: on to its next one
+    raise CheckpointError(f"{source}: each checkpoint was deleted while it was read")
+
+
+def _load(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    merge: bool,
+    routing: RoutingConfig | None,
+    allow_mismatch: bool,
+) -> tuple[GPT, Tokenizer | None]:
     if is_adapter(folder):
-        return _load_adapted(folder, torch.device(device), dtype, merge, allow_mismatch)
+        return _load_adapted(folder, device, dtype, merge, allow_mismatch)
     hf = read_json(folder / "config.json")
     cfg, stored_routing = config_from_hf(hf), routing_from_hf(hf)
-    device, routing = torch.device(device), _choose_routing(folder, cfg, stored_routing, routing)
+    routing = _choose_routing(folder, cfg, stored_routing, routing)
     with torch.device("meta"):
         model = build_model(cfg, routing)
     new_routers = {} if stored_routing else make_routers(cfg, routing).state_dict(prefix="routers.")

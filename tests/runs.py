@@ -24,6 +24,8 @@ from typing import NoReturn
 
 import pytest
 
+from nanoqwen.files import sha256_of
+
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 STEPS, SAVE_EVERY = 20, 4
@@ -258,6 +260,14 @@ def status(run: Path) -> dict:
 
 def at(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step-{step:08d}"
+
+
+def seal(folder: Path) -> Path:
+    """Write the manifest of a checkpoint that was made or changed by hand."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    sizes = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"files": sizes}))
+    return folder
 
 
 def steps(run: Path) -> list[int]:

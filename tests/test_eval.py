@@ -415,9 +415,11 @@ def test_a_run_of_an_older_version_has_the_defaults_of_younger_keys(run: Path, c
     del state["config"]["data"]["on_error"], state["config"]["train"]["patience"], state["config"]["contrast"]
     state["config"]["train"]["forgotten"] = 1
     (checkpoint / "state.json").write_text(json.dumps(state))
+    runs.seal(checkpoint)
     assert evaluated(checkpoint, corpus, tmp_path / "out.json")["loss"] == expected["loss"]
     state["config"]["train"]["seq_len"] = "many"
     (checkpoint / "state.json").write_text(json.dumps(state))
+    runs.seal(checkpoint)
     with pytest.raises(Exception, match=r"^state\.json: config: train: ") as error:
         evaluated(checkpoint, corpus, tmp_path / "out.json")
     assert error.value.exit_code == 4

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import runs
 import tiny
 import torch
 
@@ -193,7 +194,7 @@ def test_without_ckpt_the_newest_run_answers(folder: Path, tmp_path: Path):
     for age, name in enumerate(("new", "old")):
         checkpoint = tmp_path / "runs" / name / "checkpoints" / "step-00000007"
         export(gpt, tokenizer, checkpoint)
-        os.utime(checkpoint / "config.json", (1e9 - age, 1e9 - age))
+        os.utime(runs.seal(checkpoint) / "manifest.json", (1e9 - age, 1e9 - age))
     done = process("--prompt=x", "--max_new_tokens=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "runs/new" in done.stderr

@@ -16,6 +16,7 @@ from typing import Any
 
 import peft
 import pytest
+import runs
 import tiny
 import torch
 import transformers
@@ -756,10 +757,12 @@ def test_the_base_may_be_a_run_folder(bases, tmp_path: Path):
     model, _ = load_model(bases["qwen2"])
     for step in (10, 20):
         export(model, None, tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+        runs.seal(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
     ours = written(PLAIN, tmp_path / "run", tmp_path / "adapter")
     with torch.no_grad():
         model.model.norm.weight.zero_()
     export(model, None, tmp_path / "run" / "checkpoints" / "step-00000030")
+    runs.seal(tmp_path / "run" / "checkpoints" / "step-00000030")
     again, _ = load_model(tmp_path / "adapter")
     assert close(logits(again), logits(ours))
 
@@ -796,6 +799,7 @@ def test_a_run_folder_with_adapters_is_its_newest(bases, tmp_path: Path):
         with torch.no_grad():
             newest.model.layers[0].mlp.up_proj.lora_B.fill_(step)
         write_adapter(newest, PLAIN, bases["qwen2"], None, tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+        runs.seal(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
         if step == 100:
             expected = logits(newest)
     assert close(logits(load_model(tmp_path / "run")[0]), expected)
@@ -938,16 +942,19 @@ def test_export_commands(bases, tmp_path: Path):
 def test_infer_takes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tokenizer = load_tokenizer("bytes")
     model = tiny.model(vocab_size=512)
-    export(model, tokenizer, tmp_path / "runs" / "base" / "checkpoints" / "step-00000001")
+    base = tmp_path / "runs" / "base" / "checkpoints" / "step-00000001"
+    export(model, tokenizer, base)
+    runs.seal(base)
     folder = tmp_path / "runs" / "tuned" / "checkpoints" / "step-00000002"
     folder.mkdir(parents=True)
     apply_lora(model, PLAIN)
     write_adapter(shaken(model), PLAIN, tmp_path / "runs" / "base", tokenizer, folder)
+    runs.seal(folder)
     asked = ["--prompt", "ab", "--temperature", "0", "--max_new_tokens", "8", "--run.device", "cpu"]
     done = run(infer.main, "--ckpt", str(tmp_path / "runs" / "tuned"), *asked)
     assert done.returncode == 0, done.stderr
     export(load_model(folder)[0], tokenizer, tmp_path / "merged")
     assert run(infer.main, "--ckpt", str(tmp_path / "merged"), *asked).stdout == done.stdout
     monkeypatch.setattr(infer, "RUNS", tmp_path / "runs")
-    os.utime(tmp_path / "runs" / "base" / "checkpoints" / "step-00000001" / "config.json", (1e9, 1e9))
+    os.utime(base / "manifest.json", (1e9, 1e9))
     assert infer.newest_run() == tmp_path / "runs" / "tuned"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import tiny
 import torch
 import transformers
@@ -393,6 +394,7 @@ def test_a_run_folder_is_its_newest_checkpoint(folders: dict[str, Path], tmp_pat
         with torch.no_grad():
             ours.model.norm.weight.fill_(step)
         export(ours, None, tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+        runs.seal(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
     newest, _ = load_model(tmp_path / "run")
     assert (newest.model.norm.weight == 100).all()
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)

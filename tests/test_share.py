@@ -345,6 +345,7 @@ def test_a_base_on_the_hub_is_named_and_a_deleted_run_is_not_taken_for_one(pretr
         state = json.loads(file.read_text())
         state["config"]["finetune"]["base_ckpt"] = base
         file.write_text(json.dumps(state))
+        runs.seal(file.parent)
         checkpoint.main(["export", str(run), str(tmp_path / f"out{len(base)}")])
         card = huggingface_hub.ModelCard(text_of(tmp_path / f"out{len(base)}"))
         assert card.data.base_model == base_model
