@@ -217,6 +217,7 @@ def test_the_folder_of_the_base_is_no_run_folder(base: Path, pairs: Path, tmp_pa
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     shutil.copytree(base, run / "checkpoints" / "step-00000001")
+    runs.seal(run / "checkpoints" / "step-00000001")
     for source in (run, run / "checkpoints" / "step-00000001"):
         with pytest.raises(ConfigError, match="is in the run folder"):
             finetune.main([*options(source, pairs, run), "--run.resume=never", "--run.overwrite"])

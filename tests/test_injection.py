@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import tiny
 import torch
 from corpora import ROOT
@@ -622,6 +623,7 @@ def test_a_run_says_what_it_came_from_and_was_trained_on(models: Path, data: tup
     folder_of(load_model(models / "b")[0], checkpoint)
     record = {"finetune": {"base_ckpt": str(models / "a")}, "contrast": {"train": [data[0]]}}
     (checkpoint / "state.json").write_text(json.dumps({"config": record}))
+    runs.seal(checkpoint)
     cfg = load_config(options(data, tmp_path / "run"), "eval")
     source = suite.source_of(cfg)
     assert (source.folder, source.base, source.is_adapter) == (checkpoint, str(models / "a"), False)
@@ -631,10 +633,12 @@ def test_a_run_says_what_it_came_from_and_was_trained_on(models: Path, data: tup
     # Rows that chose the best checkpoint were welcome as a test.
     record["contrast"] = {"train": [data[1]], "val": [data[0]]}
     (checkpoint / "state.json").write_text(json.dumps({"config": record}))
+    runs.seal(checkpoint)
     with pytest.raises(DataError, match="not independent"):
         eval.main(options(data, tmp_path / "run"))
     record["contrast"] = {"train": [data[0]], "val": []}
     (checkpoint / "state.json").write_text(json.dumps({"config": record}))
+    runs.seal(checkpoint)
     eval.main(options((data[1], data[1]), tmp_path / "run"))
     result = reported(tmp_path / "run" / "injection.json")
     assert (result["model"], result["trained_on"]) == (str(checkpoint), [data[0]])
