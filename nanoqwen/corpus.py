@@ -70,11 +70,11 @@ def python_files() -> list[Path]:
 
 
 def expand(sources: Iterable[str], key: str) -> list[Input]:
-    """The files behind sources, each once, in an order that does not depend on the file system."""
+    """The files behind sources, each once by whichever name, in an order that does not depend on the file system."""
     inputs: dict[str, Input] = {}
     for source in sources:
-        for item in _inputs(source, key):
-            inputs.setdefault(item.name, item)
+        for item in _inputs(source, key):  # links may make a circle, in which a glob finds a file many times
+            inputs.setdefault(os.path.realpath(item.path) if item.path else item.name, item)
     return list(inputs.values())
 
 
@@ -84,12 +84,14 @@ def _inputs(source: str, key: str) -> list[Input]:
     elif source.startswith("hf:"):
         inputs = [Input(source)]
     elif os.path.isdir(source):
-        files = [path for path in Path(source).rglob("*") if path.is_file() and not _hidden(path, Path(source))]
-        inputs = [Input(str(path), path) for path in sorted(files) if _kind(path)]
+        root = Path(source)
+        files = [path for path in root.rglob("*") if path.is_file() and not _hidden(path, root)]
+        inputs = [Input(str(path), path) for path in sorted(files) if _kind(path) and not _of_a_run(path, root)]
     elif os.path.isfile(source):
         inputs = [Input(source, Path(source))]
     elif matches := sorted(name for name in glob.glob(source, recursive=True) if os.path.isfile(name)):
-        inputs = [Input(name, Path(name)) for name in matches]
+        root = Path(os.path.dirname(source[: re.search(r"[*?[]", source).start()]))
+        inputs = [Input(name, Path(name)) for name in matches if not _of_a_run(Path(name), root)]
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not _kind(Path(source)):
         inputs = [Input(f"hf:{source}")]
     else:
@@ -105,6 +107,12 @@ def _inputs(source: str, key: str) -> list[Input]:
 
 def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _of_a_run(path: Path, root: Path) -> bool:
+    """True within a run's folder below `root`: what a run writes is no text for it, or for the next one."""
+    below = path.parents[: max(0, len(path.parts) - len(root.parts) - 1)]
+    return any((folder / "config.yaml").is_file() and (folder / "status.json").is_file() for folder in below)
 
 
 def _kind(path: Path) -> str | None:

@@ -679,3 +679,31 @@ def test_the_whole_standard_library(tmp_path):
     start = time.monotonic()
     prepare(DataConfig(cache_dir=str(tmp_path)), 4096, progress=False)
     assert time.monotonic() - start < 5
+
+
+def names(*sources: str) -> list[str]:
+    return [item.name for item in corpus.expand(sources, "data.train")]
+
+
+def test_a_real_file_is_read_once_by_whichever_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A glob through a circle of links once read 31 files 41 times."""
+    monkeypatch.chdir(tmp_path)
+    Path("notes/deep").mkdir(parents=True)
+    for name in ("notes/a.txt", "notes/deep/b.txt"):
+        Path(name).write_text(name)
+    Path("notes/deep/circle").symlink_to("..")
+    Path("notes/c.txt").symlink_to("a.txt")
+    assert names("notes/**/*.txt") == ["notes/a.txt", "notes/deep/b.txt"]
+    assert names("notes", "notes/a.txt", "./notes/a.txt") == ["notes/a.txt", "notes/deep/b.txt"]
+
+
+@pytest.mark.parametrize("source", ["notes", "notes/**/*", "*/**/*.jsonl"])
+def test_what_a_run_writes_is_no_text(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the run's folder below the text, a resume once found other data than the run had begun with."""
+    monkeypatch.chdir(tmp_path)
+    Path("notes/run/checkpoints/step-00000001").mkdir(parents=True)
+    for name in ("rows.jsonl", "run/metrics.jsonl", "run/config.yaml", "run/status.json"):
+        Path("notes", name).write_text("{}")
+    Path("notes/run/checkpoints/step-00000001/merges.txt").write_text("a b")
+    assert names(source) == ["notes/rows.jsonl"]
+    assert names("notes/run/metrics.jsonl") == ["notes/run/metrics.jsonl"]  # named, it is meant
