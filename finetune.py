@@ -14,6 +14,7 @@ beside them representations of these requests: see contrast.py, triplets.py and 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -313,7 +314,7 @@ def main(argv: list[str]) -> int:
     world = start(cfg.run.device)
     try:
         make, sections, command = OBJECTIVES[cfg.finetune.objective]
-        return run(cfg, world, Task(make, sections, f"python {command.format(cfg.run.dir)}"))
+        return run(cfg, world, Task(make, sections, f"python {command.format(shlex.quote(cfg.run.dir))}"))
     finally:
         stop(world)
 

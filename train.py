@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -751,7 +752,8 @@ def main(argv: list[str]) -> int:
     cfg, sections = plan.settle(cfg, "train"), (*SECTIONS, "lora") if cfg.train.base_ckpt else SECTIONS
     world = distributed.start(cfg.run.device)
     try:
-        return run(cfg, world, Task(build, sections, f'python infer.py --ckpt {cfg.run.dir} --prompt "    def"'))
+        command = f'python infer.py --ckpt {shlex.quote(cfg.run.dir)} --prompt "    def"'
+        return run(cfg, world, Task(build, sections, command))
     finally:
         distributed.stop(world)
 

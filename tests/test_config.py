@@ -1,6 +1,7 @@
 """config.yaml and the command line: what is meant arrives with its type, everything else is refused in one line."""
 
 import math
+import os
 import random
 import re
 import subprocess
@@ -674,6 +675,17 @@ def test_run_script_gives_exit_codes(capsys, outcome, code, said):
     with pytest.raises(SystemExit) as left:
         run_script(main)
     assert (left.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_nobody_else_may_write_what_a_script_writes(tmp_path: Path):
+    """With umask 000 metrics and shards once were files that all could change."""
+    old = os.umask(0)
+    try:
+        with pytest.raises(SystemExit):
+            run_script(lambda argv: (tmp_path / "file").write_text("") and None)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
 
 
 def test_run_script_lets_errors_of_the_program_through():
