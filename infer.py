@@ -3,7 +3,7 @@
     python infer.py --prompt "def add(a, b):"                 the newest run continues the text
     python infer.py --ckpt FOLDER --instruct --prompt "Why?"  any Hugging Face folder answers
     python infer.py --chat                                    a conversation on the terminal
-    python infer.py --show_routing --prompt "def "            which tokens a routed model spends its layers on
+    python infer.py --show_routing --prompt "    def"            which tokens a routed model spends its layers on
 
 stdout carries what the model wrote and nothing else; notes and speed go to stderr.
 """

@@ -721,13 +721,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        head, (wants_hidden, wants_weight) = weight.to(dtype), ctx.needs_input_grad[:2]
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        head = weight.to(dtype) if len(hidden) else weight
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        sums, chunks = torch.zeros(4, device=hidden.device), max(1, -(-len(hidden) // rows))
+        sums = torch.zeros(4, device=hidden.device)
+        chunks = max(1, -(-len(hidden) // rows))
+        size = max(1, -(-len(hidden) // chunks))  # alike, but for the last: a shape that a compiler has seen
         with torch.autocast(device, enabled=False):
-            size = -(-len(hidden) // chunks)  # alike, but for the last: a shape that a compiler has seen
-            for part in (slice(start, start + size) for start in range(0, max(1, len(hidden)), max(1, size))):
+            for start in range(0, len(hidden), size):
+                part = slice(start, start + size)
                 inputs = hidden[part].to(dtype)
                 of_chunk, gradient = loss_of_chunk(
                     inputs @ head.T, targets[part], None if weights is None else weights[part], z_loss
@@ -740,15 +743,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                 elif wants_weight:
                     d_weight += gradient.T @ inputs
         ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight.dtype
-        loss, *others = sums.unbind()
-        ctx.mark_non_differentiable(*others)
-        return loss, *others
+        ctx.mark_non_differentiable(*(parts := sums.unbind())[1:])
+        return parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.gradients  # multiplied in place: of a large vocabulary, there is no room for copies
-        del ctx.gradients
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the loss was differentiated a second time; its gradients were given away the first time"
+            )
+        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None  # multiplied in place: there is no room for copies
         d_hidden = None if d_hidden is None else d_hidden.mul_(upstream)
         d_weight = None if d_weight is None else d_weight.mul_(upstream).to(ctx.dtype)
         return d_hidden, d_weight, None, None, None, None, None

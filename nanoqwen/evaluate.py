@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import IGNORE, Batch, micro_batches, token_bytes
-from model import GPT, LOGITS_PER_CHUNK
+from model import GPT, logits_per_chunk
 from nanoqwen.config import Config
 from nanoqwen.distributed import World, all_reduce_sum, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError
@@ -168,11 +168,11 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def token_losses(model: GPT, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Scored:
-    """tokens, targets [B, T], IGNORE where there is none. At most LOGITS_PER_CHUNK logits exist at a time."""
+    """tokens, targets [B, T], IGNORE where there is none. At most `logits_per_chunk` logits exist at a time."""
     at = (targets != IGNORE).flatten().nonzero().squeeze(1)
     # at[:0]: the model computes no logits; the targets tell its routers what is padding.
     out = model(tokens, targets, documents=documents, at=at[:0])
-    rows = max(1, LOGITS_PER_CHUNK // model.cfg.vocab_size)
+    rows = max(1, logits_per_chunk(tokens.device) // model.cfg.vocab_size)
     hidden, labels = out.hidden.flatten(0, 1)[at], targets.flatten()[at]
     nats, greedy = [], []
     for chunk, ids in zip(hidden.split(rows), labels.split(rows), strict=True):

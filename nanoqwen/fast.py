@@ -23,9 +23,8 @@ SMALLEST_CAPACITY = 256  # slots of a graph
 MOST_GRAPHS = 8  # kept: each holds a cache, and a few megabytes
 WARM_UP = 3  # runs before a capture, as torch asks: libraries allocate on first use
 
-Write = Callable[
-    [Tensor, Tensor], tuple[Tensor, Tensor]
-]  # new keys and values [B, K, T, D] -> all of them [B, K, S, D]
+# New keys and values [B, K, T, D] -> all of them [B, K, S, D]
+Write = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -105,8 +104,10 @@ class FastCache(KVCache):
     graph: Graph | None = None
 
     def select(self, rows: Sequence[int]) -> None:
-        self.detach()  # the rows are moved to memory of their own
+        before = self._keys[0]
         super().select(rows)
+        if self._keys[0] is not before:  # the rows are now in memory of their own
+            self.detach()
 
     def free(self) -> None:
         self.detach()
@@ -131,6 +132,20 @@ class StaticLayer(NamedTuple):
         return self.keys.to(k.dtype), self.values.to(v.dtype)
 
 
+def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """(a function that runs the kernels of `step` again, the tensor that it writes its result to)"""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
 class Graph:
     """One decoding step, captured: tokens [B, 1] in, logits [B, 1, V] out, slots one further.
 
@@ -149,15 +164,7 @@ class Graph:
             StaticLayer(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"), rows, self.slots)
             for _ in model.blocks
         ]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._step(model)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._step(model)
+        self.replay, self.logits = capture(lambda: self._step(model))
 
     def adopt(self, cache: FastCache) -> None:
         """Take over the contents of a cache."""
@@ -174,7 +181,7 @@ class Graph:
         if self.expected != lengths:
             self.slots.copy_(torch.tensor(lengths))
         self.tokens.copy_(tokens)
-        self.graph.replay()
+        self.replay()
         self.expected = [length + 1 for length in lengths]
         return self.logits.clone()
 

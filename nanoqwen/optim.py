@@ -93,8 +93,8 @@ class Optimizers:
     def step(self, skip: Tensor) -> None:
         """Move the weights, unless the flag `skip` (0 or 1, fp32) is set: then weights, moments and counts all stay."""
         for optimizer in self.members:
-            # The fused kernel's own switch, which torch's GradScaler sets too: no host sync. Muon has none, and that of
-            # Apple GPUs is ignored by torch before 2.13.
+            # The fused kernel's own switch, which torch's GradScaler sets too: no host sync. Muon has none; whether the
+            # kernel of Apple GPUs heeds it has not been seen on one.
             if isinstance(optimizer, torch.optim.AdamW) and skip.device.type != "mps":
                 optimizer.found_inf, optimizer.grad_scale = skip, None
                 optimizer.step()

@@ -6,7 +6,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$python" train.py --run.dir "$folder/run" --train.steps 20 --train.warmup_steps 2 --train.eval_tokens 4096 \
     --train.batch_tokens 1024 --train.sample_tokens 20
-"$python" infer.py --ckpt "$folder/run" --prompt "def " --max_new_tokens 20
+"$python" infer.py --ckpt "$folder/run" --prompt "    def" --max_new_tokens 20
 "$python" eval.py --ckpt "$folder/run"
 "$python" checkpoint.py export "$folder/run" "$folder/exported"
 "$python" checkpoint.py push "$folder/exported" me/model --dry_run

@@ -9,30 +9,24 @@ from pathlib import Path
 
 import pytest
 import runs
-import torch
+import tiny
 
 import eval as evaluation
 import train
-from model import GPT, ModelConfig
 from nanoqwen import plan
 from nanoqwen.config import load_config
 from nanoqwen.errors import ConfigError
 from nanoqwen.runfolder import verify
-from nanoqwen.tokenizer import load_tokenizer
-from nanoqwen.weights import export, is_adapter, load_model
+from nanoqwen.weights import is_adapter, load_model
 
 ADAPTERS = "--lora.rank=4"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that no run wrote, with a tokenizer of their own."""
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    torch.manual_seed(1)
-    model = GPT(ModelConfig(vocab_size=259, num_key_value_heads=2, max_position_embeddings=64, **shape))
     folder = tmp_path_factory.mktemp("base") / "model"
-    export(model, load_tokenizer("bytes"), folder)
-    return folder
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "max_position_embeddings": 64}
+    return tiny.base_over_bytes(folder, seed=1, **shape)
 
 
 def options(base: Path, corpus: Path, run: Path, *more: str) -> list[str]:

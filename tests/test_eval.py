@@ -250,7 +250,7 @@ def test_measuring_by_rows_is_evaluating_as_the_loop_does(kind: str, logits: int
     sizes = torch.arange(97) % 5
     with torch.no_grad():
         expected = evaluate(model, windows_of(), sizes, ALONE, torch.no_grad())
-    monkeypatch.setattr("nanoqwen.evaluate.LOGITS_PER_CHUNK", logits)
+    monkeypatch.setattr("model.LOGITS_PER_CHUNK", logits)
     result = measure(model, windows_of(), sizes, ALONE.device, torch.no_grad())
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert getattr(result, name).value == pytest.approx(expected[name], rel=1e-6)

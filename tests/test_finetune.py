@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny
 import torch
 
 import finetune
-from model import GPT, ModelConfig, generate
+from model import generate
 from nanoqwen.chat import prepare_chat, render_chat
 from nanoqwen.config import ChatConfig
 from nanoqwen.errors import ConfigError
 from nanoqwen.runfolder import verify
-from nanoqwen.tokenizer import load_tokenizer
 from nanoqwen.weights import export, load_model, resolve
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey"]
@@ -38,13 +38,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh model over bytes, as a Hugging Face folder."""
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=259, num_key_value_heads=2, max_position_embeddings=256, **shape))
     folder = tmp_path_factory.mktemp("base") / "model"
-    export(model, load_tokenizer("bytes"), folder)
-    return folder
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    return tiny.base_over_bytes(folder, seed=0, **shape)
 
 
 def options(base: Path, pairs: Path, run: Path, *more: str) -> list[str]:

@@ -28,7 +28,7 @@ from model import (
     sample,
     stream,
 )
-from nanoqwen.fast import fast
+from nanoqwen.fast import FastGPT, fast
 
 VOCAB = tiny.SHAPE["vocab_size"]
 
@@ -746,6 +746,49 @@ def test_the_fast_twin_writes_the_same_text(name: str):
     ):
         expected = generate(plain, prompts, max_new_tokens=20, **options)
         assert generate(twin, prompts, max_new_tokens=20, **options) == expected, options
+
+
+def written_out(step):
+    """A stand-in for a captured step: the same Python runs again, into the same memory."""
+    result = step()
+    return lambda: result.copy_(step()), result
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, name: str = "qwen2") -> FastGPT:
+    monkeypatch.setattr("nanoqwen.fast.capture", written_out)
+    monkeypatch.setattr("nanoqwen.fast.SMALLEST_CAPACITY", 8)
+    twin = fast(tiny.model(name))
+    twin.static = True
+    return twin
+
+
+@pytest.mark.parametrize("name", sorted(set(tiny.ARCHITECTURES) - {"dynamic"}))
+def test_a_captured_step_writes_the_same_text(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Rows of several lengths, one of which ends early, past the first capacity; beams; the second request reuses."""
+    plain, twin = tiny.model(name), captured(monkeypatch, name)
+    prompts = [[1, 2, 3], [4, 5], [7, 8, 9, 10, 11]]
+    ends = generate(plain, prompts, max_new_tokens=6, temperature=0.0)[0][-1]
+    for options in ({"temperature": 0.0}, {"temperature": 0.0, "eos": ends}, {"num_beams": 3}, {"temperature": 0.0}):
+        assert generate(twin, prompts, max_new_tokens=20, **options) == generate(
+            plain, prompts, max_new_tokens=20, **options
+        )
+    assert len({(graph.batch, graph.capacity) for graph in twin.graphs}) == len(twin.graphs)
+
+
+def test_a_captured_step_belongs_to_one_request_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """Two requests in turns, the first of which selects the rows that it has: its memory is not given away."""
+    twin, ids = captured(monkeypatch), torch.tensor([[1, 2, 3]])
+    first, second = (twin.new_cache(1, None, 20) for _ in "ab")
+    with torch.no_grad():
+        for cache in (first, second):
+            twin(ids, cache=cache)
+        got = [twin(ids[:, :1], cache=first).logits]
+        first.select([0])
+        twin(ids[:, 1:2], cache=second)
+        got.append(twin(ids[:, :1], cache=first).logits)
+        expected = tiny.model()(torch.tensor([[1, 2, 3, 1, 1]])).logits
+    assert torch.allclose(torch.cat(got, 1), expected[:, 3:], atol=1e-5)
+    assert first.graph is not second.graph
 
 
 def test_the_fast_twin_shares_the_weights():

@@ -302,7 +302,7 @@ def test_a_run_on_a_card_resumes_to_the_bit(tmp_path: Path):
 def test_loss_falls_and_text_is_written(tmp_path: Path):
     printed = script("train.py", "--train.steps=60", f"--run.dir={tmp_path / 'run'}", "--data.cache_dir", str(tmp_path))
     assert "cuda:0 x 1, bfloat16" in printed
-    text = script("infer.py", "--ckpt", str(tmp_path / "run"), "--prompt", "def ", "--seed", "1")
+    text = script("infer.py", "--ckpt", str(tmp_path / "run"), "--prompt", "    def", "--seed", "1")
     assert text.strip()
 
 

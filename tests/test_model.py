@@ -616,6 +616,13 @@ def test_t12_no_targets_no_loss_no_nan():
     assert all((p.grad == 0).all() for p in gpt.parameters() if p.grad is not None)
 
 
+def test_a_loss_is_differentiated_once():
+    loss = tiny.model().train()(tokens(), tokens(seed=2)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated a second time"):
+        loss.backward()
+
+
 def test_padding_behind_lengths_is_not_trained_on():
     gpt, ids = tiny.model(), tokens()
     out = gpt(ids, ids, lengths=[T, 5])

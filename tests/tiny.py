@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from model import GPT, ModelConfig, RopeScaling
+from nanoqwen.tokenizer import load_tokenizer
+from nanoqwen.weights import export
 
 SHAPE = {
     "vocab_size": 97,
@@ -39,6 +43,17 @@ ARCHITECTURES: dict[str, dict] = {
 
 def config(name: str = "qwen2", **overrides) -> ModelConfig:
     return ModelConfig(**{**SHAPE, **ARCHITECTURES[name], **overrides})
+
+
+def base_over_bytes(path: Path, *, seed: int, **shape: int) -> Path:
+    """Weights that no run wrote, with a tokenizer of their own, as a Hugging Face folder."""
+    torch.manual_seed(seed)
+    export(
+        GPT(ModelConfig(vocab_size=259, num_attention_heads=4, num_key_value_heads=2, **shape)),
+        load_tokenizer("bytes"),
+        path,
+    )
+    return path
 
 
 def model(name: str = "qwen2", *, seed: int = 0, lively: bool = True, **overrides) -> GPT:

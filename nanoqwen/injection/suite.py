@@ -59,7 +59,7 @@ class Source(NamedTuple):
 def source_of(cfg: Config) -> Source:
     folder = source_folder(cfg)
     run = recorded_config(folder)
-    recorded_base = run.get("finetune", {}).get("base_ckpt")
+    recorded_base = next(filter(None, (run.get(loop, {}).get("base_ckpt") for loop in ("finetune", "train"))), None)
     base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else recorded_base)
     if base is None:
         raise ConfigError(f"eval.base: {folder} does not say what it was made from; expected that model, got nothing")

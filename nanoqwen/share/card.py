@@ -58,9 +58,14 @@ class Origin(NamedTuple):
         return (self.state.get("config") or {}).get(name) or {}
 
     @property
+    def loop(self) -> str:
+        """The section of its loop, `train` or `finetune`."""
+        return "finetune" if self.section("finetune").get("base_ckpt") else "train"
+
+    @property
     def base(self) -> str | None:
         """What the run started from, as it was named then."""
-        return self.section("finetune").get("base_ckpt")
+        return self.section(self.loop).get("base_ckpt")
 
 
 def origin_of(folder: Path) -> Origin:
@@ -130,7 +135,7 @@ def model_card(
     facts = {
         "front_matter": _front_matter(name, model, origin, next(filter(is_hub_id, [str(source), *bases]), None), apart),
         "name": code_span(name),
-        "snippet": snippet(model, tokenizer, chat=bool(origin.base), apart=apart),
+        "snippet": snippet(model, tokenizer, chat=origin.loop == "finetune", apart=apart),
         "note": _note(model, tokenizer),
         "local_base": code_span(adapter.base) if apart and not is_hub_id(adapter.base) else "",
         **_description(model, adapter if apart else None, dtype),
@@ -156,7 +161,7 @@ def _fill(template: str, facts: dict[str, str]) -> str:
 def _front_matter(name: str, model: GPT, origin: Origin, base: str | None, apart: bool) -> str:
     kind = model_type(model)
     tags = [OWN_TYPE, kind, *([model.routing.kind] if model.routing else [])]
-    tags += ["lora"] * apart + ["conversational"] * bool(origin.base)
+    tags += ["lora"] * apart + ["conversational"] * (origin.loop == "finetune")
     metadata = {
         "library_name": OWN_TYPE if kind == OWN_TYPE else "peft" if apart else "transformers",
         "pipeline_tag": "text-generation",
@@ -210,8 +215,8 @@ def _note(model: GPT, tokenizer: Tokenizer | None) -> str:
 
 
 def _training(origin: Origin, tokenizer: Tokenizer | None) -> dict[str, str]:
-    loop = origin.section("finetune" if origin.base else "train")
-    data = "data" if not origin.base else "contrast" if loop.get("objective") == "contrast" else "chat"
+    loop = origin.section(origin.loop)
+    data = "data" if origin.loop == "train" else "contrast" if loop.get("objective") == "contrast" else "chat"
     step = origin.state.get("step") or 0
     targets = sum(row["targets"] for row in origin.metrics if "targets" in row and row["step"] <= step)
     facts = {
