@@ -81,7 +81,7 @@ class Tokenizer:
         # Bytes of each id that stands for text; two ids may have the same, such as `a` and `<0x61>`.
         self.text_bytes = library.text_bytes if library else {i: token for token, i in self.ranks.items()}
         self._bytes = self.text_bytes | {token_id: text.encode() for text, token_id in self.special.items()}
-        if len(self._bytes) != len(self.text_bytes) + len(self.special):
+        if len(self._bytes) != (library.n_tokens if library else len(self.ranks)) + len(self.special):
             raise DataError(f'tokenizer "{name}": two tokens have the same id')
         self.n_vocab = max(self._bytes) + 1
         self.hidden = frozenset(self.special.values()) - visible  # ids of control tokens, which decoding may leave out
@@ -187,16 +187,21 @@ class Library:
 
         model = _text_model(path, spec["model"], special)
         kept = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+        self.path = path
         self.spec = {"version": "1.0", "added_tokens": [], **kept, "model": model}
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
         except Exception as error:  # the binding raises no narrower type
             raise DataError(f"{path}: `tokenizers` cannot load it ({_short(error)})") from error
         to_bytes, self.strips_space = _decoder(path, spec.get("decoder"))
-        self.text_bytes = {i: to_bytes(token) for token, i in model["vocab"].items() if token not in special}
+        vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+        self.n_tokens, self.text_bytes = len(vocab), {i: to_bytes(token) for token, i in vocab.items()}
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # such as an unk_token that the vocabulary lacks
+            raise DataError(f"{self.path}: `tokenizers` cannot encode a text with it ({_short(error)})") from error
 
 
 def _text_model(path: Path, model: dict[str, Any], special: Mapping[str, int]) -> dict[str, Any]:

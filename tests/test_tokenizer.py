@@ -22,6 +22,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from data import token_bytes
 from nanoqwen import tokenizer as tokenizer_module
 from nanoqwen.chat import render_chat
 from nanoqwen.errors import DataError, escape_terminal
@@ -694,6 +695,7 @@ BROKEN = {
     "no model": (lambda spec: spec.pop("model"), "KeyError: 'model'"),
     "vocab is a list": (set_in("model", "vocab", []), "layout of a tokenizer.json"),
     "product lost": (drop_product, "`tokenizers` cannot load it"),
+    "same id twice": (set_in("model", "vocab", "zqxjk", 300), "two tokens have the same id"),
     "same id": (set_in("added_tokens", 0, "id", 70), "two tokens have the same id"),
     "bad pattern": (set_in("pre_tokenizer", "pretokenizers", 0, "pattern", {"Regex": "("}), "bad split pattern '('"),
     "bert": (set_in("post_processor", {"type": "BertProcessing"}), "post_processor is BertProcessing"),
@@ -791,11 +793,24 @@ def test_llama_2s_kind_of_file(tmp_path: Path) -> None:
     assert ours.decode_bytes(ours.encode("a b")) == b" a b"
     assert ours.text_bytes[ours.encode("\n")[-1]] == b"\n"  # a byte of its own, not the six letters of <0x0A>
     assert ours.stop_ids == {ours.special["</s>"]}
+    sizes = token_bytes(ours)
+    for text in LANGUAGES:  # the space put before a text counts as one byte
+        assert sizes[ours.encode(text)].sum() == len(text.encode()) + 1
+    assert not sizes[list(ours.special.values())].any()
     ours.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").hash == ours.hash
     spec = llama2_like()
     spec["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     assert "decoder is" in error_of(lambda: load_tokenizer(write_folder(tmp_path, spec, None)))
+    spec = llama2_like()
+    spec["model"] |= {"unk_token": "<none>", "byte_fallback": False}
+    unknown = load_tokenizer(write_folder(tmp_path, spec, {"eos_token": "</s>"}))
+    assert "cannot encode a text with it" in error_of(lambda: unknown.encode("\U0001f9ff"))
+    spec["model"] |= {"unk_token": "<unk>", "ignore_merges": True}
+    assert "'<unk>' would become" in error_of(lambda: load_tokenizer(write_folder(tmp_path, spec, None)))
+    spec = llama2_like()
+    spec["model"]["vocab"]["z-again"] = 400
+    assert "two tokens have the same id" in error_of(lambda: load_tokenizer(write_folder(tmp_path, spec, None)))
 
 
 def test_wrong_sources_are_named(tmp_path: Path, folders: dict[str, Path]) -> None:
