@@ -387,6 +387,8 @@ def tokenising_rates(
 
     `ratio` is of medians; `cpu_ratio` compares processor seconds, which hold still where other programs compute too.
     """
+    if tokenizer.encoding is None:
+        raise ConfigError(f'tokenizer "{tokenizer.name}": expected one that tiktoken encodes, to compare with it')
     text = open_corpus(cfg)
     inputs = [item for _, group in text.groups for item in group]
     texts = [piece.text for piece in Reader(cfg, inputs, text.split_of, limit=characters)]

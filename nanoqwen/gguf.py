@@ -66,6 +66,8 @@ def _why_not(model: GPT, tokenizer: Tokenizer | None) -> str | None:
         return "expected the shape of Qwen2, Qwen3 or Llama without biases"
     if tokenizer is None:
         return "expected a tokenizer.json in the folder"
+    if tokenizer.library:
+        return "expected a byte-level BPE tokenizer of one split pattern"
     if scaling is None:
         return None
     stored = {"rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}

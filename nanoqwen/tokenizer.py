@@ -1,4 +1,7 @@
-"""Text to token ids and back: byte-level BPE tokenizers and streamed decoding."""
+"""Text to token ids and back: BPE tokenizers and streamed decoding.
+
+tiktoken encodes where its ids are provably those of the file; elsewhere the `tokenizers` library itself does.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"<{}\\]|\\.
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary. Text never becomes a control token unless `allow_special` says so."""
+    """A BPE vocabulary. Text never becomes a control token unless `allow_special` says so."""
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Tokenizer:
         visible: frozenset[int] = frozenset(),
         chat_template: str | None = None,
         files: Mapping[str, bytes] | None = None,
+        library: Library | None = None,
     ) -> None:
         self.name, self.pattern, self.nfc, self.prefix = name, pattern, nfc, prefix
         self.ranks, self.special = dict(ranks), dict(special)
@@ -73,29 +77,33 @@ class Tokenizer:
         ends = {self.special[token] for token in END_TOKENS if token in self.special}
         self.stop_ids = frozenset(ends | {self.eos_id})
         self.default_system = _default_system(chat_template)
-        self._bytes = {token_id: token for token, token_id in self.ranks.items()}
-        self._bytes |= {token_id: text.encode() for text, token_id in self.special.items()}
-        if len(self._bytes) != len(self.ranks) + len(self.special):
+        self.library = library  # then there are no ranks, pattern and encoding
+        # Bytes of each id that stands for text; two ids may have the same, such as `a` and `<0x61>`.
+        self.text_bytes = library.text_bytes if library else {i: token for token, i in self.ranks.items()}
+        self._bytes = self.text_bytes | {token_id: text.encode() for text, token_id in self.special.items()}
+        if len(self._bytes) != (library.n_tokens if library else len(self.ranks)) + len(self.special):
             raise DataError(f'tokenizer "{name}": two tokens have the same id')
         self.n_vocab = max(self._bytes) + 1
         self.hidden = frozenset(self.special.values()) - visible  # ids of control tokens, which decoding may leave out
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special_cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._files = files
+        self.encoding = None if library else self._tiktoken()
+
+    def _tiktoken(self) -> tiktoken.Encoding:
         # tiktoken drops text that no alternative matches; `tokenizers` keeps it as one piece, so we do.
-        pieces = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+        pieces = rf"{self.pattern}|(?:(?!{self.pattern})[\s\S])+"
         try:
-            self.encoding = tiktoken.Encoding(
-                name, pat_str=pieces, mergeable_ranks=self.ranks, special_tokens=self.special
-            )
+            return tiktoken.Encoding(self.name, pat_str=pieces, mergeable_ranks=self.ranks, special_tokens=self.special)
         except ValueError as error:
-            raise DataError(f'tokenizer "{name}": bad split pattern {pattern!r}: {_short(error)}') from error
+            raise DataError(f'tokenizer "{self.name}": bad split pattern {self.pattern!r}: {_short(error)}') from error
 
     @functools.cached_property
     def hash(self) -> str:
         """sha256 over everything that decides ids."""
         pairs = sorted((token.hex(), token_id) for token, token_id in self.ranks.items())
         parts = [pairs, self.pattern, "NFC" if self.nfc else None, sorted(self.special.items())]
+        parts += [self.library.spec] if self.library else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @functools.cached_property
@@ -121,10 +129,11 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as uint32 [T]: a list of Python integers would take a quarter longer to make and to convert."""
-        return np.asarray(self._by_engine(_without_surrogates(text), self._fill_array), np.uint32)
+        fill = self.library.encode if self.library else self._fill_array
+        return np.asarray(self._by_engine(_without_surrogates(text), fill), np.uint32)
 
     def _encode_content(self, text: str) -> list[int]:
-        return self._by_engine(text, self.encoding.encode_ordinary)
+        return self._by_engine(text, self.library.encode if self.library else self.encoding.encode_ordinary)
 
     def _fill_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
@@ -132,7 +141,8 @@ class Tokenizer:
     def _by_engine(self, text: str, encode: Callable[[str], Any]) -> Any:
         text = _nfc(text) if self.nfc else text
         try:
-            return self._encode_pieces(text) if _has_long_space(text) else encode(text)
+            by_pieces = not self.library and _has_long_space(text)
+            return self._encode_pieces(text) if by_pieces else encode(text)
         except BaseException as error:  # a Rust panic is no Exception
             if type(error).__name__ != "PanicException":
                 raise
@@ -148,7 +158,12 @@ class Tokenizer:
         return [token_id for piece in pieces for token_id in self.encoding._encode_single_piece(piece)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", "replace")
+        data = self.decode_bytes(ids, skip_special=skip_special)
+        return self.without_first_space(data).decode("utf-8", "replace")
+
+    def without_first_space(self, data: bytes) -> bytes:
+        """The start of a text without the space that a tokenizer such as Llama 2's has put there."""
+        return data.removeprefix(b" ") if self.library and self.library.strips_space else data
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """The bytes of each token. An id without a token (a model's padded vocabulary) is U+FFFD."""
@@ -162,6 +177,74 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for file_name, content in self._files.items():
             (Path(folder) / file_name).write_bytes(content)
+
+
+class Library:
+    """A tokenizer.json by the `tokenizers` library, without its added tokens: no text can become one of them."""
+
+    def __init__(self, path: Path, spec: dict[str, Any], special: Mapping[str, int]) -> None:
+        import tokenizers
+
+        model = _text_model(path, spec["model"], special)
+        kept = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+        self.path = path
+        self.spec = {"version": "1.0", "added_tokens": [], **kept, "model": model}
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+        except Exception as error:  # the binding raises no narrower type
+            raise DataError(f"{path}: `tokenizers` cannot load it ({_short(error)})") from error
+        to_bytes, self.strips_space = _decoder(path, spec.get("decoder"))
+        vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+        self.n_tokens, self.text_bytes = len(vocab), {i: to_bytes(token) for token, i in vocab.items()}
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # such as an unk_token that the vocabulary lacks
+            raise DataError(f"{self.path}: `tokenizers` cannot encode a text with it ({_short(error)})") from error
+
+
+def _text_model(path: Path, model: dict[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
+    """The file's BPE without its control tokens; the unknown token alone stays, for text without any other."""
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise DataError(f"{path}: model.{option} is {model[option]!r}; only BPE without it works")
+    unknown = model.get("unk_token")
+    if unknown in special and model.get("ignore_merges"):
+        raise DataError(f"{path}: with ignore_merges the text {unknown!r} would become the control token unk_token")
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special or token == unknown}
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges = [(left, right) for left, right in pairs if not {left, right, left + right} & special.keys()]
+    return {**model, "type": "BPE", "vocab": vocab, "merges": merges}
+
+
+def _decoder(path: Path, decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:
+    """How a token's text becomes its bytes, and whether a text loses one space at its start."""
+    steps = decoder.get("decoders", [decoder]) if decoder else []
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _by_letters, False
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    replaced = [step for step in steps if step["type"] == "Replace" and "String" in step["pattern"]]
+    known = [*replaced, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if "Fuse" not in kinds or any(step not in known for step in steps if step != strip):
+        got = json.dumps(decoder, ensure_ascii=False)[:200]
+        raise DataError(f"{path}: decoder is {got}; supported are ByteLevel and Replace, ByteFallback, Fuse, Strip")
+
+    def to_bytes(token: str) -> bytes:
+        if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        for step in replaced:
+            token = token.replace(step["pattern"]["String"], step["content"])
+        return token.encode()
+
+    return to_bytes, strip in steps
+
+
+def _by_letters(token: str) -> bytes:
+    letters = _byte_letters()
+    # A token that is not spelled in them stands for itself, as in the decoder of `tokenizers`.
+    return bytes(letters[letter] for letter in token) if letters.keys() >= set(token) else token.encode()
 
 
 def _without_surrogates(text: str) -> str:
@@ -215,11 +298,14 @@ class StreamDecoder:
         self.stopped = False
         self._tokenizer, self._stop, self._skip_special = tokenizer, tuple(stop), skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pending = ""
+        self._pending, self._begun = "", False
 
     def feed(self, ids: Iterable[int]) -> str:
         """New printable text, without half a character and what may still become a stop string."""
-        return self._release(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special), final=False)
+        data = self._tokenizer.decode_bytes(ids, skip_special=self._skip_special)
+        if data and not self._begun:
+            self._begun, data = True, self._tokenizer.without_first_space(data)
+        return self._release(data, final=False)
 
     def flush(self) -> str:
         """The rest, at the end of the row."""
@@ -307,6 +393,7 @@ def _download(name: str) -> tiktoken.Encoding:
     )
 
 
+@functools.cache
 def _byte_letters() -> dict[str, int]:
     """GPT-2's printable letter for each byte, as vocabularies in tokenizer.json spell them."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -333,8 +420,7 @@ def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: di
         added += [(t["content"], int(i), t.get("special", False)) for i, t in listed.items()]
         special = {text: token_id for text, token_id, _ in added}
         visible = frozenset(token_id for _, token_id, hidden in added if not hidden)
-        ranks = _ranks(path, spec["model"], special)
-        pattern, nfc = _pattern(path, spec.get("pre_tokenizer")), _is_nfc(path, spec.get("normalizer"))
+        ranks, pattern, nfc, library = _engine(path, spec, special)
         prefix = _prefix(path, spec.get("post_processor"))
         letters = {token_id: text for text, token_id in special.items()}
         eos = _named_token("eos", config, token_map, generation, letters)
@@ -352,7 +438,26 @@ def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: di
     if not config.get("eos_token"):
         files = files | {"tokenizer_config.json": json_bytes(_config(eos, bos, None) | config | {"eos_token": eos})}
     options = {"nfc": nfc, "prefix": prefix, "visible": visible, "chat_template": template, "files": files}
+    options["library"] = library
     return Tokenizer(name, ranks, pattern, special, eos=eos, bos=bos, **options)
+
+
+class _OtherIds(DataError):
+    """tiktoken would give other ids than the file does."""
+
+
+def _engine(
+    path: Path, spec: dict[str, Any], special: Mapping[str, int]
+) -> tuple[dict[bytes, int], str, bool, Library | None]:
+    """Ranks, pattern and NFC for tiktoken, or the library where those cannot say what the file does."""
+    kind = spec["model"].get("type", "BPE")
+    if kind != "BPE":
+        raise DataError(f"{path}: model.type is {kind!r}; only BPE is supported")
+    try:
+        nfc, pattern = _is_nfc(path, spec.get("normalizer")), _pattern(path, spec.get("pre_tokenizer"))
+        return _ranks(path, spec["model"], special), pattern, nfc, None
+    except _OtherIds:
+        return {}, "", False, Library(path, spec, special)
 
 
 def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
@@ -367,29 +472,27 @@ def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
 
 def _ranks(path: Path, model: dict[str, Any], special: Mapping[str, int]) -> dict[bytes, int]:
     """Bytes -> id. tiktoken merges by id, so refuse a file in which that would give other ids."""
-    if model.get("type", "BPE") != "BPE":
-        raise DataError(f"{path}: model.type is {model['type']!r}; only byte-level BPE is supported")
     for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            raise DataError(f"{path}: model.{option} is {model[option]!r}; only byte-level BPE without it works")
+            raise _OtherIds(f"{path}: model.{option} is {model[option]!r}; only byte-level BPE without it works")
     letters = _byte_letters()
     vocab = {token: token_id for token, token_id in model["vocab"].items() if token not in special}
     ranks: dict[bytes, int] = {}
     for token, token_id in vocab.items():
         if not token or not letters.keys() >= set(token):
-            raise DataError(f"{path}: token {token!r} is not spelled in byte-level letters; is it byte-level BPE?")
+            raise _OtherIds(f"{path}: token {token!r} is not spelled in byte-level letters; is it byte-level BPE?")
         ranks[bytes(letters[letter] for letter in token)] = token_id
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise DataError(f"{path}: no token for byte 0x{missing[0]:02x} ({len(missing)} of 256 missing)")
+        raise _OtherIds(f"{path}: no token for byte 0x{missing[0]:02x} ({len(missing)} of 256 missing)")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     last = -1
     for left, right in merges:
         product = vocab.get(left + right)
         if product is None or left not in vocab or right not in vocab:
-            raise DataError(f"{path}: merge {left!r} + {right!r} is not made of tokens of the vocabulary")
+            raise _OtherIds(f"{path}: merge {left!r} + {right!r} is not made of tokens of the vocabulary")
         if product < last:
-            raise DataError(f"{path}: merge {left!r} + {right!r} gives id {product} after {last}; ids must rise")
+            raise _OtherIds(f"{path}: merge {left!r} + {right!r} gives id {product} after {last}; ids must rise")
         last = product
     _check_reachable(path, vocab, merges, bool(model.get("ignore_merges")))
     return ranks
@@ -409,7 +512,7 @@ def _check_reachable(path: Path, vocab: dict[str, int], merges: list[tuple[str, 
     for token in vocab:
         parts = len(bpe.tokenize(token))
         if parts == 2 or (parts > 2 and not whole_pieces):
-            raise DataError(f"{path}: token {token!r} is not what the merges make of its own bytes")
+            raise _OtherIds(f"{path}: token {token!r} is not what the merges make of its own bytes")
 
 
 def _pattern(path: Path, pre_tokenizer: dict[str, Any] | None) -> str:
@@ -425,7 +528,7 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any] | None) -> str:
             if pattern and split["behavior"] == "Isolated" and not split["invert"]:
                 return pattern
     spec = json.dumps(pre_tokenizer, ensure_ascii=False)[:200]
-    raise DataError(
+    raise _OtherIds(
         f"{path}: pre_tokenizer is {spec}; supported are Split(Regex, Isolated) + ByteLevel(use_regex false) "
         "and ByteLevel(use_regex true), both with add_prefix_space false"
     )
@@ -433,7 +536,7 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any] | None) -> str:
 
 def _is_nfc(path: Path, normalizer: dict[str, Any] | None) -> bool:
     if normalizer is not None and normalizer != {"type": "NFC"}:
-        raise DataError(f"{path}: normalizer is {json.dumps(normalizer)[:200]}; supported are null and NFC")
+        raise _OtherIds(f"{path}: normalizer is {json.dumps(normalizer)[:200]}; supported are null and NFC")
     return normalizer is not None
 
 

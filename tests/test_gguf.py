@@ -160,6 +160,10 @@ def test_a_tokenizer_that_llama_cpp_would_split_differently_is_refused(tmp_path:
 
     assert "expected a tokenizer.json" in refusal(None)
     assert "none that llama.cpp has" in refusal(train_tokenizer(TEXTS, 320, pattern=r"\p{L}+|[^\p{L}]+"))
+    spec_file = tmp_path / "0" / "tokenizer.json"
+    train_tokenizer(TEXTS, 320).save(spec_file.parent)
+    spec_file.write_text(json.dumps(json.loads(spec_file.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    assert "byte-level BPE tokenizer of one split pattern" in refusal(load_tokenizer(spec_file.parent))
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abcd": 256}  # which no pair of tokens makes
     assert "made by no merge" in refusal(
         Tokenizer("stuck", ranks, GPT2_PATTERN, {"<|endoftext|>": 257}, eos="<|endoftext|>")
