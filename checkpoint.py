@@ -14,6 +14,7 @@ import json
 import random
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT, generate
-from nanoqwen.errors import CheckpointError, ConfigError, run_script
+from nanoqwen.errors import CheckpointError, ConfigError, run_script, say
 from nanoqwen.files import disk_errors
 from nanoqwen.gguf import write_gguf
 from nanoqwen.hf_format import OWN_TYPE, model_type
@@ -109,7 +110,7 @@ def _print_parity(source: str, result: dict[str, Any]) -> None:
         ("parameters (ours, transformers)", "{:,}, {:,}".format(*result["parameters"])),
         ("verdict", "equal" if result["equal"] else "DIFFERENT"),
     )
-    print(f"parity of {source} with transformers, fp32")
+    say(f"parity of {source} with transformers, fp32", sys.stdout)
     for name, value in rows:
         print(f"  {name:42} {value}")
     print(json.dumps({"source": str(source), **result}))
@@ -162,7 +163,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     dtype = getattr(torch, args.dtype) if getattr(args, "dtype", None) else None
     if args.command == "verify":
-        print(verify(Path(args.source)))
+        say(verify(Path(args.source)), sys.stdout)
     elif args.command == "parity":
         result = parity(args.source, args.device)
         _print_parity(args.source, result)
@@ -173,7 +174,7 @@ def main(argv: list[str]) -> int:
     elif args.command == "gguf":
         with disk_errors(Path(args.file)):
             tokenizer = write_gguf(args.source, args.file, dtype)
-        print(f"wrote {args.file}: llama-cli -m {shlex.quote(args.file)} loads it")
+        say(f"wrote {args.file}: llama-cli -m {shlex.quote(args.file)} loads it", sys.stdout)
         if tokenizer.nfc:
             print(
                 "note: llama.cpp does not normalise text to NFC, as this tokenizer does; ids differ where that matters"
@@ -181,10 +182,10 @@ def main(argv: list[str]) -> int:
     elif args.dry_run:
         check_repository(args.repository)
         target = f"{args.repository}{f' at {args.revision}' if args.revision else ''}{', private' * args.private}"
-        print(f"would upload to {target}:\n{plan_upload(Path(args.folder))}")
+        say(f"would upload to {target}:\n{plan_upload(Path(args.folder))}", sys.stdout)
     else:
         options = {"private": args.private, "revision": args.revision, "message": args.message}
-        print(f"uploaded: {push(args.folder, args.repository, **options)}")
+        say(f"uploaded: {push(args.folder, args.repository, **options)}", sys.stdout)
     return 0
 
 
@@ -202,7 +203,7 @@ def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
             return model_card(name, source, model, tokenizer, dtype, adapter, apart=True)
 
         export_adapter(source, args.folder, dtype, base=args.base, describe=describe)
-        print(f"wrote {args.folder}: PeftModel.from_pretrained(base, {args.folder!r}) loads it")
+        say(f"wrote {args.folder}: PeftModel.from_pretrained(base, {args.folder!r}) loads it", sys.stdout)
         return
     model, tokenizer = load_model(source)
     own = model_type(model) == OWN_TYPE
@@ -214,9 +215,9 @@ def _export(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
     text = model_card(name, source, model, tokenizer, dtype, adapter)
     export(model, tokenizer, args.folder, dtype, shard_bytes=args.shard_size, card=text)
     if own:
-        print(f"wrote {args.folder}: transformers has no class for this shape; load_model loads it")
+        say(f"wrote {args.folder}: transformers has no class for this shape; load_model loads it", sys.stdout)
     else:
-        print(f"wrote {args.folder}: AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it")
+        say(f"wrote {args.folder}: AutoModelForCausalLM.from_pretrained({args.folder!r}) loads it", sys.stdout)
         if tokenizer is not None and not autotokenizer_fits(model, tokenizer):
             print(f"note: {AUTOTOKENIZER_NOTE}")
 

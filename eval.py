@@ -11,6 +11,7 @@ A table goes to stdout; all metrics, and each answer to an attack, go to a JSON 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from nanoqwen.config import (
 )
 from nanoqwen.corpus import expand, prepare
 from nanoqwen.distributed import ranks
-from nanoqwen.errors import ConfigError, DataError, escape_terminal, run_script
+from nanoqwen.errors import ConfigError, DataError, escape_terminal, run_script, say
 from nanoqwen.evaluate import (
     Estimate,
     LoadedModel,
@@ -128,7 +129,7 @@ def heldout_suite(cfg: Config) -> None:
     settings["isolate_documents"] = text.windows[0].documents is not None
     metrics = {name: measured_json(measured) for name, measured in results.items()}
     write_atomic(output, json_text(record_of(cfg, loaded) | settings | metrics))
-    print(f"wrote {output}")
+    say(f"wrote {output}", sys.stdout)
 
 
 def measured_json(measured: Measured) -> dict[str, Any]:

@@ -235,6 +235,7 @@ class Progress:
         self.best: dict[str, Any] = {"step": None, "loss": math.inf, "sort_key": [math.inf]}
         self.stale = 0  # evaluations since the best one
         self.result: dict[str, float] = {}  # of the last evaluation
+        self.continued: optim.Continued | None = None  # where the length of the run changed last
 
     def update(self, result: dict[str, float]) -> None:
         """Take an evaluation into account."""
@@ -260,11 +261,28 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         progress = {"step": self.step, "best": self.best, "stale": self.stale, "result": self.result}
-        return progress | {"plateau": self.plateau.state()}
+        return progress | {"plateau": self.plateau.state(), "continued": self.continued}
 
     def load(self, state: dict[str, Any]) -> None:
         self.step, self.best, self.stale, self.result = (state[k] for k in ("step", "best", "stale", "result"))
         self.plateau.load(state["plateau"])
+        self.continued = optim.Continued(*state["continued"]) if state["continued"] else None
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return optim.continued_rate(self.step, self.loop, self.plateau.scale, self.continued)
+
+    def go_on_from(self, rate: float, changed: dict[str, Any]) -> None:
+        """Another length of the run bends its schedule, which goes on from the rate that the last step had.
+
+        A change of the rate itself, or during warm-up, is meant as it is.
+        """
+        keys = {key.partition(".")[2] for key in changed}
+        if keys & {"steps", "tokens", "epochs"} and "lr" not in keys and self.step >= self.loop.warmup_steps:
+            self.continued = optim.Continued(self.step, rate)
+            last = optim.continued_rate(self.loop.steps - 1, self.loop, self.plateau.scale, self.continued)
+            say(f"the rate goes on from {rate:.3g}, by schedule {self.loop.schedule} to {last:.3g} at step "
+                f"{self.loop.steps}")  # fmt: skip
 
 
 def fit(
@@ -278,7 +296,7 @@ def fit(
     groups = optim.parameter_groups(model, loop, distributed.unwrap_model(trainer.objective).head)
     optimizers = optim.Optimizers(groups, loop, model.routing)
     progress, stop = Progress(loop, trainer.evaluator.sort_key), stop or Stop()
-    resumed = resume(trainer, source, optimizers, progress) if source else None
+    resumed = resume(trainer, source, optimizers, progress, changed or {}) if source else None
     log = MetricLog(cfg, loop, trainer.folder, progress.step, trainer.speed, world)
     leaving, early = False, progress.step + 3  # so that a person soon sees loss, speed and remaining time
     model.train()
@@ -291,7 +309,7 @@ def fit(
                 evaluate_now(trainer, log, progress)
         while not progress.finished and not leaving:
             step = progress.step
-            rate = optim.lr_at(step, loop, progress.plateau.scale)
+            rate = progress.rate()
             optimizers.set_rate(rate)
             routing.set_step(model, step, loop.steps)
             seed_step(cfg.run.seed, step, world.rank)
@@ -410,7 +428,9 @@ def gather_on_main(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor
     return {name: tensor.cpu() for name, tensor in gathered if world.is_main}
 
 
-def resume(trainer: Trainer, source: Path, optimizers: optim.Optimizers, progress: Progress) -> dict[str, Any]:
+def resume(
+    trainer: Trainer, source: Path, optimizers: optim.Optimizers, progress: Progress, changed: dict[str, Any]
+) -> dict[str, Any]:
     """Restore everything from a checkpoint. Returns what is to be logged about it."""
     batches = trainer.batches
     moments, state = runfolder.load_trainer_state(source)
@@ -433,6 +453,7 @@ def resume(trainer: Trainer, source: Path, optimizers: optim.Optimizers, progres
             raise ResumeError(f"{source}: its text was not streamed, so that a stream cannot resume (data.streaming)")
         batches.load_state(state["stream"])
     progress.load(state)
+    progress.go_on_from(state["lr"], changed)
     trainer.scaler.load_state_dict(state["scaler"])
     say(f"resuming from {source}")
     here = runfolder.versions()
@@ -440,7 +461,8 @@ def resume(trainer: Trainer, source: Path, optimizers: optim.Optimizers, progres
     if versions:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in versions.items())
         say(f"warning: {source} was written by other versions: {listed}; metrics may differ in their last digits")
-    return {"step": progress.step, "event": "resume", "from": str(source), "versions": versions}
+    event = {"step": progress.step, "event": "resume", "from": str(source), "versions": versions}
+    return event | ({"continued": progress.continued._asdict()} if progress.continued else {})
 
 
 @torch.no_grad()

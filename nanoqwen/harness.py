@@ -316,7 +316,7 @@ def run_tasks(cfg: Config) -> None:
     record |= {"resamples": BOOTSTRAP, "cut": lm.cut} | {key: results[key] for key in keys if key in results}
     write_atomic(output, json_text(record))
     print(escape_terminal(task_table(results)))
-    print(f"wrote {output}")
+    say(f"wrote {output}", sys.stdout)
 
 
 def settings(cfg: Config) -> dict[str, Any]:

@@ -156,6 +156,19 @@ def bar_format(shown: str, rest: list[str], steps: int, columns: int) -> str:
     return f"{{n_fmt}}/{{total_fmt}} steps {shown} ETA {{remaining}} |{{bar}}|{''.join(fitting)}"
 
 
+class HostFlag:
+    """A flag on its way to the host. Asked one step later, it is there, and the queue of the device never runs dry."""
+
+    def __init__(self, flag: Tensor):
+        self.copy = flag.detach().to("cpu", non_blocking=flag.is_cuda)  # into pinned memory, where it does not block
+        self.arrived = torch.cuda.current_stream(flag.device).record_event() if flag.is_cuda else None
+
+    def is_set(self) -> bool:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.copy.numpy())
+
+
 class MetricLog:
     """One row per step in metrics.jsonl and wandb; for the person a bar on a terminal, else lines to grep.
 
@@ -169,6 +182,7 @@ class MetricLog:
         self.path = folder / "metrics.jsonl"
         self.pending: list[dict[str, Any]] = []
         self.skipped, self.done = 0, first
+        self.flag, self.flags_in_a_row = HostFlag(torch.zeros(())), 0
         self.first_loss = math.inf  # of the evaluation before the first step
         self.warmup = max(loop.warmup_steps, SHORTEST_WARMUP)
         self.wandb = self.bar = None
@@ -188,9 +202,14 @@ class MetricLog:
         self.clock, self.paused = time.perf_counter(), 0.0
 
     def add(self, **entry: Any) -> None:
+        """Take a step's row; a NonFiniteError at most one step after too many skipped ones, whatever the interval."""
         self.pending.append(entry)
         if self.bar is not None:
             self.bar.update()
+        self.flags_in_a_row = self.flags_in_a_row + 1 if self.flag.is_set() else 0
+        self.flag = HostFlag(entry["skipped"])
+        if self.flags_in_a_row > self.skip_limit:
+            self.flush()
 
     def flush(self) -> None:
         """Write and print the pending rows; a NonFiniteError after too many skipped steps in a row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +164,26 @@ class Plateau:
     def load(self, state: dict[str, float]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+class Continued(NamedTuple):
+    """Where a run of another length went on: the first step under the new schedule, and the rate just before it."""
+
+    step: int
+    rate: float
+
+
+def continued_rate(step: int, cfg: TrainConfig, plateau_scale: float, since: Continued | None) -> float:
+    """The rate of `lr_at`, or of a run of another length than it was begun with: the same fall from where its rate was.
+
+    Warm-up, constant and plateau do not depend on the length, and stay as they are.
+    """
+    rate = lr_at(step, cfg, plateau_scale)
+    if since is None or since.step < cfg.warmup_steps or cfg.schedule in ("constant", "plateau"):
+        return rate
+    bottom = cfg.lr * cfg.floor
+    height = lr_at(since.step, cfg) - bottom
+    return bottom + (since.rate - bottom) * ((rate - bottom) / height if height > 0 else 1.0)
 
 
 def lr_at(step: int, cfg: TrainConfig, plateau_scale: float = 1.0) -> float:

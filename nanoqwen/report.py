@@ -18,6 +18,7 @@ import json
 import math
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nanoqwen.config import dump, load_config
-from nanoqwen.errors import ConfigError, run_script, warn
+from nanoqwen.errors import ConfigError, run_script, say, warn
 from nanoqwen.files import read_json_or_empty, write_atomic
 from nanoqwen.manifest import checkpoints
 from nanoqwen.run_reader import (
@@ -794,7 +795,7 @@ def main(argv: list[str]) -> None:
             watch(args.run, file, args.watch)
         else:
             write(file, run_page(read_run(args.run)))
-    print(f"wrote {file}")
+    say(f"wrote {file}", sys.stdout)
 
 
 if __name__ == "__main__":

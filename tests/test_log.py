@@ -98,6 +98,16 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_skipped_steps_end_the_run_between_two_intervals_too(tmp_path: Path):
+    """At most one step late; they once waited for `log_every`: 45 skipped steps under a limit of 5."""
+    with metric_log(tmp_path).open() as opened:
+        for step, skipped in enumerate([1, 1, 0, 1, 1, 1], start=1):
+            opened.add(**row(step, skipped=skipped))
+        with pytest.raises(NonFiniteError, match=r"3 steps in a row .* step 6"):
+            opened.add(**row(7, skipped=1))
+    assert [line["step"] for line in rows(tmp_path)] == [*range(1, 8)]
+
+
 def test_t13_a_step_asks_the_device_nothing(tmp_path: Path):
     """Each `.item()` makes a GPU wait for the program. One per step cost a tenth of the speed and nobody saw it."""
     model = tiny.model().train()

@@ -396,6 +396,12 @@ def test_a_folder_that_is_no_run_is_one_line_and_code_4(tmp_path: Path, monkeypa
     assert not list(tmp_path.rglob("*.html"))
 
 
+def test_the_name_of_a_folder_cannot_control_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture):
+    report.main([str(write_run(tmp_path / "a\x1b[31mb"))])
+    assert "\\x1b[31mb" in (said := capfd.readouterr().out)
+    assert "\x1b" not in said
+
+
 def test_the_command_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
     report.main([str(a)])

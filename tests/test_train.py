@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import ROOT, Starter, killed_at, metrics, options, script, torchrun
+from runs import ROOT, Starter, killed_at, lines, metrics, options, script, torchrun
 from torch import nn
 
 import train
@@ -200,6 +200,36 @@ def test_l8_t04_schedules_rise_to_the_rate_and_end_at_the_floor(schedule: str):
     assert all(a >= b - 1e-15 for a, b in itertools.pairwise(rates[10:]))
     if schedule == "cosine":
         assert rates[10 + 45] == pytest.approx(2e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * 45 / 89)) / 2))
+
+
+@pytest.mark.parametrize("at", [150, 200])
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "plateau"])
+def test_an_extended_run_goes_on_from_the_rate_that_it_had(schedule: str, at: int, capfd: pytest.CaptureFixture):
+    """From the floor of a cosine the rate once jumped by 3.6 to 10 times."""
+    cfg = TrainConfig(steps=200, warmup_steps=10, schedule=schedule, lr=2e-3, floor=0.1)
+    progress, rate = train.Progress(cfg, min), optim.lr_at(at - 1, cfg)
+    for steps in (400, 800):  # the second time in the middle of the first extension
+        progress.loop, progress.step = replace(cfg, steps=steps), at
+        progress.go_on_from(rate, {"train.steps": [200, steps]})
+        progress.load(json.loads(json.dumps(progress.state())))
+        rates = []
+        for progress.step in range(at, steps):
+            rates.append(progress.rate())
+        assert rates[0] == pytest.approx(rate, rel=1e-12)
+        assert all(a >= b - 1e-15 for a, b in itertools.pairwise(rates))
+        assert rates[-1] == pytest.approx(2e-3 if schedule in ("constant", "plateau") else 2e-4)
+        assert f"the rate goes on from {rate:.3g}, by schedule {schedule} to" in capfd.readouterr().err
+        at, rate = 300, rates[299 - at]
+
+
+def test_the_rate_of_an_extended_run_is_in_its_log(corpus: Path, tmp_path: Path):
+    more = ("--train.schedule=cosine", "--train.warmup_steps=2", *allowed("train.steps"))
+    for steps in (8, 12):
+        train.main(options(corpus, tmp_path / "run", f"--train.steps={steps}", *more))
+    rates = [metrics(tmp_path / "run")[step]["lr"] for step in range(1, 13)]
+    assert rates[7:] == [pytest.approx(3e-4)] * 5  # the floor, a tenth of the rate
+    (event,) = [row for row in lines(tmp_path / "run" / "metrics.jsonl") if "continued" in row]
+    assert event["continued"] == {"step": 8, "rate": rates[7]}
 
 
 @pytest.mark.parametrize("cooldown", range(4))
