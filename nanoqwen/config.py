@@ -416,6 +416,8 @@ def check(cfg: Config, world_size: int = 1, loop: TrainConfig | None = None) -> 
     loop: the section of the script, where it is not `train`
     """
     check_device(cfg.run)
+    if "\0" in cfg.run.dir:
+        raise ConfigError(f"run.dir: expected the path of a folder, got a NUL character in {cfg.run.dir!r}")
     if world_size < 1:
         raise ConfigError(f"world size: expected 1 or more, got {world_size}")
     loop = loop or cfg.train

@@ -125,7 +125,7 @@ def exit_code_of(error: BaseException) -> int:
         return OUT_OF_MEMORY
     if isinstance(error, FloatingPointError):
         return NonFiniteError.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return DiskError.exit_code
     return getattr(error, "exit_code", DEFECT)
 

@@ -1,5 +1,6 @@
 """config.yaml and the command line: what is meant arrives with its type, everything else is refused in one line."""
 
+import errno
 import math
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 from model import Bound, ModelConfig, RopeScaling, Sampling, SamplingOptions, alternatives, field_types
 from nanoqwen import config
 from nanoqwen.config import Config, DataConfig, check, dump, flatten, help_text, load_config, read_values, to_dict
-from nanoqwen.errors import ConfigError, run_script
+from nanoqwen.errors import ConfigError, exit_code_of, run_script
 
 ROOT = Path(config.__file__).parents[1]
 TINY_MODEL = "hidden_size: 64\n  num_attention_heads: 4\n  num_key_value_heads: 2\n"
@@ -721,3 +722,12 @@ def test_a_real_script_end_to_end(tmp_path):
         endless.stdout.close()
         assert endless.stderr.read() == ""
     assert (wrong.returncode, endless.returncode) == (2, 141)
+
+
+def test_a_folder_that_no_file_system_can_have_is_refused():
+    with pytest.raises(ConfigError, match=r"run\.dir: .* NUL"):
+        check(load_config(["--run.device=cpu", "--run.dir=a\0b"], "train"))
+
+
+def test_a_disk_that_fails_is_no_defect_of_the_program():
+    assert exit_code_of(OSError(errno.EIO, "Input/output error", "metrics.jsonl")) == 6
