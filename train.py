@@ -283,6 +283,9 @@ class Progress:
             last = optim.continued_rate(self.loop.steps - 1, self.loop, self.plateau.scale, self.continued)
             say(f"the rate goes on from {rate:.3g}, by schedule {self.loop.schedule} to {last:.3g} at step "
                 f"{self.loop.steps}")  # fmt: skip
+            if not rate:
+                say("warning: that rate is 0 and nothing will change; a new rate must be allowed too "
+                    "(--run.allow_change train.lr)")  # fmt: skip
 
 
 def fit(

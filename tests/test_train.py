@@ -222,6 +222,15 @@ def test_an_extended_run_goes_on_from_the_rate_that_it_had(schedule: str, at: in
         at, rate = 300, rates[299 - at]
 
 
+def test_a_run_extended_at_a_rate_of_0_is_warned(capfd: pytest.CaptureFixture):
+    cfg = TrainConfig(steps=400, warmup_steps=10, schedule="cosine", lr=2e-3, floor=0.0)
+    progress = train.Progress(cfg, min)
+    progress.step = 200
+    progress.go_on_from(optim.lr_at(199, replace(cfg, steps=200)), {"train.steps": [200, 400]})
+    assert progress.rate() == 0
+    assert "warning: that rate is 0" in capfd.readouterr().err
+
+
 def test_the_rate_of_an_extended_run_is_in_its_log(corpus: Path, tmp_path: Path):
     more = ("--train.schedule=cosine", "--train.warmup_steps=2", *allowed("train.steps"))
     for steps in (8, 12):
