@@ -43,7 +43,7 @@ from nanoqwen.lora import apply_lora
 from nanoqwen.optim import Optimizers, parameter_groups
 from nanoqwen.routing import RoutingConfig, build_model, penalty_weights, routing_mode
 from nanoqwen.routing import flops_per_token as routed_flops
-from nanoqwen.tokenizer import Tokenizer
+from nanoqwen.tokenizer import Tiktoken, Tokenizer
 from nanoqwen.weights import export, load_model
 from train import LanguageModeling, train_step
 
@@ -387,7 +387,7 @@ def tokenising_rates(
 
     `ratio` is of medians; `cpu_ratio` compares processor seconds, which hold still where other programs compute too.
     """
-    if tokenizer.encoding is None:
+    if not isinstance(tokenizer.engine, Tiktoken):
         raise ConfigError(f'tokenizer "{tokenizer.name}": expected one that tiktoken encodes, to compare with it')
     text = open_corpus(cfg)
     inputs = [item for _, group in text.groups for item in group]
@@ -399,7 +399,7 @@ def tokenising_rates(
             tokenise(Path(folder), Reader(cfg, inputs, text.split_of, limit=characters), tokenizer, progress=False)
 
     def alone() -> None:
-        tokenizer.encoding.encode_ordinary_batch(texts, num_threads=workers)
+        tokenizer.engine.encoding.encode_ordinary_batch(texts, num_threads=workers)
 
     tokens = sum(len(tokenizer.encode_array(text)) for text in texts)
     seconds = [(*wall_and_cpu_seconds(alone), *wall_and_cpu_seconds(ours)) for _ in range(turns)]

@@ -175,7 +175,7 @@ def main(argv: list[str]) -> int:
         with disk_errors(Path(args.file)):
             tokenizer = write_gguf(args.source, args.file, dtype)
         say(f"wrote {args.file}: llama-cli -m {shlex.quote(args.file)} loads it", sys.stdout)
-        if tokenizer.nfc:
+        if tokenizer.engine.nfc:
             print(
                 "note: llama.cpp does not normalise text to NFC, as this tokenizer does; ids differ where that matters"
             )

@@ -481,7 +481,7 @@ def chat_windows(examples: Sequence[Example], seq_len: int, max_tokens: int, *, 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:
     """Bytes of each id [V], for bits per byte; control tokens stand for no text: 0."""
     sizes = torch.zeros(tokenizer.n_vocab, dtype=torch.int64)
-    for token_id, token in tokenizer.text_bytes.items():
+    for token_id, token in tokenizer.engine.text_bytes.items():
         sizes[token_id] = len(token)
     return sizes
 

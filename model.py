@@ -725,8 +725,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         head = weight.to(dtype) if len(hidden) else weight
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        sums = torch.zeros(4, device=hidden.device)
-        chunks = max(1, -(-len(hidden) // rows))
+        sums, chunks = torch.zeros(4, device=hidden.device), max(1, -(-len(hidden) // rows))
         size = max(1, -(-len(hidden) // chunks))  # alike, but for the last: a shape that a compiler has seen
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), size):
@@ -743,8 +742,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 elif wants_weight:
                     d_weight += gradient.T @ inputs
         ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight.dtype
-        ctx.mark_non_differentiable(*(parts := sums.unbind())[1:])
-        return parts
+        loss, *others = sums.unbind()
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
     @torch.autograd.function.once_differentiable

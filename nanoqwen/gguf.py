@@ -66,7 +66,7 @@ def _why_not(model: GPT, tokenizer: Tokenizer | None) -> str | None:
         return "expected the shape of Qwen2, Qwen3 or Llama without biases"
     if tokenizer is None:
         return "expected a tokenizer.json in the folder"
-    if tokenizer.library:
+    if tokenizer.engine.pattern is None:
         return "expected a byte-level BPE tokenizer of one split pattern"
     if scaling is None:
         return None
@@ -131,10 +131,12 @@ def _pre_tokenizer(tokenizer: Tokenizer, vocab: dict[str, int], merges: list[str
     """llama.cpp's name for the split before BPE; an error where its ids would differ from ours."""
     merged = {merge.replace(" ", "") for merge in merges}
     longer = [text for text in vocab if len(text) > 1 and text not in tokenizer.special]
-    name = PRE_TOKENIZERS.get(tokenizer.pattern) if longer else "gpt-2"  # without merges the split does not matter
+    name = (
+        PRE_TOKENIZERS.get(tokenizer.engine.pattern) if longer else "gpt-2"
+    )  # without merges the split does not matter
     unreachable = [text for text in longer if text not in merged] if name != TAKES_WHOLE_PIECES else []
     if name is None:
-        reason = f"its split pattern is none that llama.cpp has: {tokenizer.pattern!r}"
+        reason = f"its split pattern is none that llama.cpp has: {tokenizer.engine.pattern!r}"
     elif unreachable:
         reason = f"{len(unreachable)} tokens are made by no merge, among them {unreachable[0]!r}"
     elif tokenizer.prefix not in ((), (tokenizer.bos_id,)):

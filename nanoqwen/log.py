@@ -166,7 +166,7 @@ class HostFlag:
     def is_set(self) -> bool:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return bool(self.copy.numpy())
+        return bool(self.copy.numpy())  # a read of memory: no operation of torch
 
 
 class MetricLog:

@@ -32,6 +32,7 @@ from nanoqwen.log import Peak, Speed
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.optim import parameter_groups
 from nanoqwen.routing import RoutingConfig, build_model, flops_per_token
+from nanoqwen.runfolder import recorded_base
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 from nanoqwen.weights import config_of, is_adapter, path_exists, read_adapter, resolve
 
@@ -71,8 +72,7 @@ def trained_here(source: str | Path) -> bool:
     recorded = read_json_or_empty(resolve(source) / "state.json").get("config")
     if not isinstance(recorded, dict):
         return False
-    bases = [(recorded.get(name) or {}).get("base_ckpt") for name in ("finetune", "train")]
-    base = next(filter(None, bases), None)
+    base = recorded_base(recorded)
     return base is None or (path_exists(base) and trained_here(base))
 
 

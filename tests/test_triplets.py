@@ -573,7 +573,7 @@ def test_with_merges_a_token_across_the_border_belongs_to_the_user(bpe: Tokenize
 
 
 def test_nfc_changes_neither_the_borders_nor_the_text(bpe: Tokenizer):
-    assert bpe.nfc
+    assert bpe.engine.nfc
     each = made(user="cafe\u0301 e\u0301e\u0301", context="caf\u0065\u0301")
     assert pooled_text(tokenise_triplet(each, bpe, 999).streams[0], bpe).decode() == "caf\u00e9 \u00e9\u00e9"
 

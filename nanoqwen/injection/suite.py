@@ -38,6 +38,7 @@ from nanoqwen.injection.triplets import (
     tokenise_triplet,
 )
 from nanoqwen.lora import without_lora
+from nanoqwen.runfolder import recorded_base
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import is_adapter, load_model, read_adapter
 
@@ -59,8 +60,7 @@ class Source(NamedTuple):
 def source_of(cfg: Config) -> Source:
     folder = source_folder(cfg)
     run = recorded_config(folder)
-    recorded_base = next(filter(None, (run.get(loop, {}).get("base_ckpt") for loop in ("finetune", "train"))), None)
-    base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else recorded_base)
+    base = cfg.eval.base or (read_adapter(folder).base if is_adapter(folder) else recorded_base(run))
     if base is None:
         raise ConfigError(f"eval.base: {folder} does not say what it was made from; expected that model, got nothing")
     recorded_data = run.get("contrast", {})

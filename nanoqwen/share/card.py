@@ -22,7 +22,7 @@ from nanoqwen.errors import CheckpointError, one_line
 from nanoqwen.files import read_json_or_empty
 from nanoqwen.hf_format import OWN_TYPE, model_type
 from nanoqwen.run_reader import read_jsonl
-from nanoqwen.runfolder import SECRET_TEXT
+from nanoqwen.runfolder import SECRET_TEXT, recorded_base
 from nanoqwen.tokenizer import QWEN2_PATTERN, Tokenizer
 from nanoqwen.weights import (
     ADAPTER_WEIGHTS,
@@ -65,7 +65,7 @@ class Origin(NamedTuple):
     @property
     def base(self) -> str | None:
         """What the run started from, as it was named then."""
-        return self.section(self.loop).get("base_ckpt")
+        return recorded_base(self.state.get("config") or {})
 
 
 def origin_of(folder: Path) -> Origin:
@@ -203,7 +203,7 @@ def snippet(model: GPT, tokenizer: Tokenizer | None, *, chat: bool, apart: bool)
 
 def autotokenizer_fits(model: GPT, tokenizer: Tokenizer) -> bool:
     """transformers 5 gives every folder of model_type qwen2 Qwen2's own split pattern and normaliser."""
-    return model_type(model) != "qwen2" or (tokenizer.nfc and tokenizer.pattern == QWEN2_PATTERN)
+    return model_type(model) != "qwen2" or (tokenizer.engine.nfc and tokenizer.engine.pattern == QWEN2_PATTERN)
 
 
 def _note(model: GPT, tokenizer: Tokenizer | None) -> str:
