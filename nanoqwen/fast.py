@@ -4,13 +4,16 @@
     generate(model, prompts, ...)            everything in model.py that generates takes it in place of a GPT
 
 On CUDA a step of one token a row is a CUDA graph: a cache of fixed shapes, positions on the device, no Python between
-kernels. The plain model remains the slow twin: same ids, logits equal but for the order of sums.
+kernels. The kernels are ours (kernels.py) where the layers are those of published models and Triton is there. The plain
+model remains the slow twin: same ids, logits equal but for the order of sums.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +167,9 @@ class Graph:
             StaticLayer(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"), rows, self.slots)
             for _ in model.blocks
         ]
-        self.replay, self.logits = capture(lambda: self._step(model))
+        kernels = kernels_for(model, batch)
+        step = partial(self._step_by_kernels, kernels) if kernels else self._step
+        self.replay, self.logits = capture(lambda: step(model))
 
     def adopt(self, cache: FastCache) -> None:
         """Take over the contents of a cache."""
@@ -197,6 +202,34 @@ class Graph:
             x = block(x, ctx, layer)
         self.slots += 1
         return model.head(x)
+
+    def _step_by_kernels(self, kernels: ModuleType, model: FastGPT) -> Tensor:
+        cfg, linear = model.cfg, kernels.linear
+        attention = kernels.Attention(self.batch, cfg, self.capacity, self.slots)
+        x = model.embed(self.tokens, self.slots[:, None])[:, 0].float()
+        tables = model.model.rope.tables(cfg, self.capacity, self.capacity, x.device)
+        for block, layer in zip(model.blocks, self.layers, strict=True):
+            qkv = linear(x, block.qkv, norm=block.input_layernorm)
+            y = attention(qkv, block.q_norm, block.k_norm, tables, layer.keys, layer.values)
+            x = linear(y, block.o_proj, residual=x)
+            hidden = linear(x, block.gate_up, norm=block.post_attention_layernorm, gated=True)
+            x = linear(hidden, block.down_proj, residual=x)
+        self.slots += 1
+        return linear(x, model.model.get_output_embeddings(), norm=model.model.model.norm)[:, None]
+
+
+def kernels_for(model: FastGPT, rows: int) -> ModuleType | None:
+    """Our kernels, where they fit and Triton is there. They know the layers of Qwen, Llama and their kind."""
+    cfg = model.cfg
+    fit = (cfg.norm, cfg.mlp, cfg.positions, cfg.j_branch) == ("rmsnorm", "swiglu", "rope", False)
+    if not fit:
+        return None
+    try:
+        from nanoqwen import kernels
+    except ImportError:
+        return None
+    shared = cfg.num_attention_heads // cfg.num_key_value_heads
+    return kernels if rows <= kernels.MOST_ROWS and shared <= kernels.MOST_SHARED else None
 
 
 # --- the twin ---------------------------------------------------------------------------------------------------------
