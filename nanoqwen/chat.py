@@ -241,15 +241,15 @@ def fit_conversation(
     messages = messages[: answers[-1] + 1]
     try:
         ids, mask = _up_to_the_last_answer(render(messages, tokenizer))
-        truncated = len(ids) > size
-        while len(ids) > size:
-            shorter = shorten(messages, len(ids) - size, tokenizer)
-            if shorter is None:
-                return "too long an answer"
-            messages = shorter
-            ids, mask = _up_to_the_last_answer(render(messages, tokenizer))
     except RefusedByTemplate as error:
         return str(error)
+    truncated = len(ids) > size
+    while len(ids) > size:
+        messages = shorten(messages, len(ids) - size, tokenizer)
+        try:
+            ids, mask = _up_to_the_last_answer(render(messages, tokenizer))
+        except DataError:  # no message is left, or an answer to nothing
+            return "too long an answer"
     return ids, mask, truncated
 
 
@@ -258,25 +258,34 @@ def _up_to_the_last_answer(rendered: Rendered) -> tuple[list[int], list[int]]:
     return rendered.ids[:end], rendered.mask[:end]
 
 
-def shorten(messages: Sequence[Message], excess: int, tokenizer: Tokenizer) -> list[Message] | None:
+def shorten(messages: Sequence[Message], excess: int, tokenizer: Tokenizer) -> list[Message]:
     """A conversation that ends in an answer, without some `excess` tokens. The answer and a system message stay.
 
-    The oldest turn loses its beginning, or goes whole with the answers to it. None if nothing is left to lose.
+    The oldest turn loses its beginning, or goes whole with the answers to it. Of an answer alone nothing is left.
     """
     head = [message for message in messages[:1] if message["role"] == "system"]
     oldest, *rest = messages[len(head) :]
     if not rest:
-        return None
+        return []
     ids = tokenizer.encode(oldest["content"])
     if oldest["role"] != "assistant" and len(ids) > excess:
-        kept = ids[excess:]
-        while kept and tokenizer.decode_bytes(kept[:1])[0] & 0xC0 == 0x80:  # in the middle of a character
-            kept.pop(0)
-        if kept:
-            return [*head, _message(oldest["role"], tokenizer.decode(kept)), *rest]
+        text = _without_start(oldest["content"], ids, excess, tokenizer)
+        if text:
+            return [*head, _message(oldest["role"], text), *rest]
     while len(rest) > 1 and rest[0]["role"] == "assistant":  # an answer without its question teaches to make things up
         rest.pop(0)
     return [*head, *rest]
+
+
+def _without_start(text: str, ids: list[int], excess: int, tokenizer: Tokenizer) -> str:
+    """A text without its first `excess` tokens, or a few more: it begins with a whole character, and is shorter."""
+    kept = ids[excess:]
+    in_a_character = 0x80  # the upper two bits of such a byte
+    while kept and tokenizer.decode_bytes(kept[:1])[0] & 0xC0 == in_a_character:
+        kept.pop(0)
+    while len(shorter := tokenizer.decode(kept)) >= len(text):  # only the space was lost that a tokenizer puts in front
+        kept.pop(0)
+    return shorter
 
 
 def _digest(messages: Sequence[Message]) -> bytes:

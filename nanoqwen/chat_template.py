@@ -35,7 +35,7 @@ REASONING = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)
 
 
 class RefusedByTemplate(DataError):
-    """The template does not take these messages, such as two questions in a row."""
+    """The template does not take these messages, such as two questions in a row; it may take others."""
 
 
 # --- the template as transformers sees it -----------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Conversation:
         texts = [self._break_control_tokens(content.text) for content in self.contents]
         filled = MARK.sub(lambda mark: mark[0] if mark[0][0] == ANSWER else texts[int(mark[0][1:-1])], rendering)
         if filled != self._render(self.safe, generate):
-            raise self.failure("rewrites the text of messages, so that it is not known which text is whose")
+            raise RefusedByTemplate("the chat template rewrites the text of messages: which text is whose is not known")
         return rendering
 
     def with_answers_marked(self, rendering: str) -> str:
@@ -261,7 +261,8 @@ class _Encoder:
         elif piece.message is not None:
             self._text += piece.text
             self._ends[piece.message] = (piece.text, len(self._text))
-            if self._answer != (piece.message if piece.message in self.answers else None):
+            belongs_to = piece.message if piece.message in self.answers else None
+            if self._answer != belongs_to and self.unproven.get(piece.message) != NO_PROMPT:
                 self.unproven[piece.message] = MIXED
         else:
             text, *others = self.tokenizer.split_control_tokens(piece.text)
@@ -323,6 +324,8 @@ def render(
     encoder.flush()
     if encoder.unproven and not generate:
         message, reason = min(encoder.unproven.items())
+        if 0 in conversation.answers:
+            raise RefusedByTemplate("an answer to nothing")
         raise conversation.failure(f"does not show what the answers are: message {message}, {reason}")
     return Rendered(encoder.ids, encoder.mask, encoder.places)
 
@@ -330,7 +333,7 @@ def render(
 def text_to_continue(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
     """The text of a conversation up to the end of its last message's content."""
     conversation, last = Conversation(messages, tokenizer), len(messages) - 1
-    pieces = conversation.pieces(conversation.rendering())
+    pieces = conversation.pieces(conversation.rendering().replace(ANSWER + CLOSE, ""))
     end = max((at for at, piece in enumerate(pieces) if piece.message == last), default=None)
     if end is None:
         raise conversation.failure(f"does not show the text of message {last}, which is to be continued")
@@ -340,4 +343,5 @@ def text_to_continue(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
 def text_to_answer(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
     """The text of a conversation with the header of an answer to it."""
     conversation = Conversation(messages, tokenizer)
-    return "".join(piece.text or "" for piece in conversation.pieces(conversation.rendering(generate=True)))
+    pieces = conversation.pieces(conversation.rendering(generate=True).replace(ANSWER + CLOSE, ""))
+    return "".join(piece.text for piece in pieces)

@@ -238,9 +238,9 @@ def test_what_each_family_says_of_itself(folders: dict[str, Path]) -> None:
     special = loaded["qwen2"].special
     assert loaded["qwen2"].eos_id == special["<|im_end|>"]
     assert loaded["qwen2"].stop_ids == {special["<|im_end|>"], special["<|endoftext|>"]}
-    assert loaded["qwen2"].default_system == QWEN25_SYSTEM
+    assert loaded["qwen2"].chat_template == QWEN25_TEMPLATE
     assert loaded["qwen2"].n_vocab == max(special.values()) + 1
-    assert loaded["qwen3"].default_system is None
+    assert loaded["qwen3"].named_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     assert "<think>" in loaded["qwen3"].special
     llama = loaded["llama3"]
     assert llama.prefix == (llama.special["<|begin_of_text|>"],) == (llama.bos_id,)
