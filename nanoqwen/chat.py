@@ -243,12 +243,14 @@ def fit_conversation(
         ids, mask = _up_to_the_last_answer(render(messages, tokenizer))
     except RefusedByTemplate as error:
         return str(error)
-    truncated = len(ids) > size
+    answer, truncated = ids[len(mask) - [*mask[::-1], 0].index(0) :], len(ids) > size
     while len(ids) > size:
         messages = shorten(messages, len(ids) - size, tokenizer)
         try:
             ids, mask = _up_to_the_last_answer(render(messages, tokenizer))
         except DataError:  # no message is left, or an answer to nothing
+            return "too long an answer"
+        if ids[-len(answer) :] != answer:  # Qwen3's template leaves the reasoning out where no question is left
             return "too long an answer"
     return ids, mask, truncated
 
@@ -307,7 +309,10 @@ class _Examples:
             self.audit.rows += 1
             if self.cfg.system is not None and messages[0]["role"] != "system":
                 messages = [_message("system", self.cfg.system), *messages]
-            fit = fit_conversation(messages, self.tokenizer, self.size)
+            try:
+                fit = fit_conversation(messages, self.tokenizer, self.size)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
             if isinstance(fit, str):
                 self.audit.leave_out(fit, where)
                 continue

@@ -290,6 +290,16 @@ def test_a_conversation_that_the_template_refuses_is_left_out_and_counted(folder
         prepare_chat(ChatConfig(train=(str(path),)), tokenizer, 100)
 
 
+def test_a_row_whose_answers_are_not_proven_is_named(folders: dict[str, Path], tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [QUESTION, ANSWER]}) + "\n")
+    tokenizer = with_template(folders, REFUSED["no stop token"][0])
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: tokenizer .* its chat template does not show what the answers"
+    ):
+        prepare_chat(ChatConfig(train=(str(path),)), tokenizer, 100)
+
+
 def test_what_cannot_be_learned_can_still_be_asked(folders: dict[str, Path]):
     tokenizer = with_template(folders, REFUSED["no header"][0])
     ids, _ = render_chat([QUESTION, ANSWER, QUESTION], tokenizer, generate=True)
