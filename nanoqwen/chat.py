@@ -11,6 +11,8 @@ Face data set, each of which has one of these shapes:
     {"instruction": TEXT, "input": TEXT or absent, "output": TEXT}
     {"prompt": TEXT, "response": TEXT}
 
+The tokenizer's chat template makes a text of them: see chat_template.py.
+
 Letters in shapes: B rows, T tokens of a row (seq_len), N tokens of a conversation.
 """
 

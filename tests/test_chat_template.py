@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from test_tokenizer import LANGUAGES, QWEN25_TEMPLATE, llama2_like, llama3_like, qwen2_like, qwen3_like, write_folder
 
 from nanoqwen.chat import fit_conversation, prepare_chat, render_chat
 from nanoqwen.chat_template import text_to_answer, text_to_continue
 from nanoqwen.config import ChatConfig
 from nanoqwen.errors import DataError
+from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.tokenizer import CHATML_TEMPLATE, Tokenizer, load_tokenizer
+from nanoqwen.weights import export, load_model, write_adapter
 
 # Templates of the kinds that released models have, written for these tests.
 TURN = "'<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n'"
@@ -362,6 +365,24 @@ def test_stop_tokens_of_the_generation_configuration_end_answers(tmp_path: Path)
     (source / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id: expected a token's number or several"):
         load_tokenizer(source)
+
+
+def test_an_export_and_an_adapter_keep_the_template_and_the_stop_tokens(tmp_path: Path):
+    spec, config = llama3_like()
+    spec["added_tokens"][-1]["content"] = "<|over|>"
+    template = TRIMMED.replace("<|eot_id|>", "<|over|>")
+    source = write_folder(tmp_path / "source", spec, config | {"chat_template": template})
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": spec["added_tokens"][-1]["id"]}))
+    tokenizer = load_tokenizer(source)
+    model, cfg = tiny.model(vocab_size=tokenizer.n_vocab), LoraConfig(rank=2, targets=("q_proj",))
+    export(model, tokenizer, tmp_path / "base")
+    apply_lora(model, cfg)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(model, cfg, tmp_path / "base", tokenizer, tmp_path / "adapter")
+    for name in ("base", "adapter"):
+        _, loaded = load_model(tmp_path / name)
+        assert (loaded.stop_ids, loaded.chat_template) == (tokenizer.stop_ids, template)
+        assert render_chat([QUESTION, ANSWER], loaded) == render_chat([QUESTION, ANSWER], tokenizer)
 
 
 def test_text_for_a_harness_is_that_of_transformers(kind: str, tokenizer: Tokenizer, folders: Any, monkeypatch: Any):
