@@ -235,9 +235,9 @@ def _role_and_content(index: int, message: Mapping[str, str]) -> tuple[str, str]
 
 # --- to ids -----------------------------------------------------------------------------------------------------------
 
-
 NO_PROMPT = "the rendering of what comes before it and of its header does not begin the whole rendering"
 NO_END = "no stop token ends it"
+EXTRA = "there is none, but it is marked as an answer"
 MIXED = "its text is on the wrong side of where an answer begins or ends"
 
 
@@ -257,7 +257,7 @@ class _Encoder:
     def add(self, piece: Piece) -> None:
         if piece.text is None:
             self._answer, self._cut = piece.message, len(self._text)
-            self.unproven[piece.message] = NO_END
+            self.unproven[piece.message] = NO_END if piece.message in self.answers else EXTRA
         elif piece.message is not None:
             self._text += piece.text
             self._ends[piece.message] = (piece.text, len(self._text))
@@ -302,8 +302,8 @@ class _Encoder:
         """Without the space that a tokenizer such as Llama 2's puts in front."""
         if not self.tokenizer.engine.strips_space:
             return self.tokenizer.encode(text)
-        newline = self.tokenizer.encode("\n")
-        return self.tokenizer.encode(f"\n{text}")[len(newline) :]
+        newline, ids = self.tokenizer.encode("\n"), self.tokenizer.encode(f"\n{text}")
+        return ids[len(newline) :] if ids[: len(newline)] == newline else self.tokenizer.encode(text)
 
 
 def render(

@@ -186,6 +186,20 @@ def tokenizer_text(tokenizer: Tokenizer) -> Any:
     return lambda text: tokenizer.decode(tokenizer.encode(text)) if text.strip() else text
 
 
+def test_an_answer_shares_no_token_with_its_prompt_and_gains_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Here tokens end in a space, so that the end of a header and the beginning of its answer would be one."""
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": INSTRUCTIONS}
+    tokenizer = load_tokenizer(write_folder(tmp_path, llama2_like(), config))
+    theirs, joined = transformers_tokenizer(tmp_path, monkeypatch), 0
+    for messages in conversations(20, 6, "instructions"):
+        ids, mask = render_chat(messages, tokenizer)
+        prompt, _ = render_chat(messages[:-1], tokenizer, generate=True)
+        assert ids[: len(prompt)] == prompt
+        assert learned_texts(tokenizer, ids, mask) == answers_of("instructions", messages)
+        joined += theirs.apply_chat_template(messages, return_dict=False) != ids
+    assert joined
+
+
 def test_a_question_is_what_training_saw(kind: str, tokenizer: Tokenizer):
     for messages in conversations(20, 3, kind):
         ids, mask = render_chat(messages, tokenizer)
@@ -261,6 +275,7 @@ REFUSED = {
         "{{ '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}", "message 0, its text is on the wrong side"),
     "fewer marks": (MARKED.replace("{% generation %}", "{% if loop.index0 < 2 %}{% generation %}").replace(
         "{% endgeneration %}", "{% endgeneration %}{% endif %}"), "message 3, the rendering of what comes"),
+    "more marks": (MARKED + "{% generation %}{{ '<|im_end|>' }}{% endgeneration %}", "message 4, there is none"),
     "syntax": ("{% for %}", "cannot be rendered (TemplateSyntaxError"),
     "unknown": ("{{ nothing.at.all }}", "cannot be rendered (UndefinedError"),
     "out of the sandbox": ("{{ messages.__class__.__mro__ }}", "cannot be rendered (SecurityError"),
