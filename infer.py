@@ -109,8 +109,8 @@ class Session:
 
     def conversation_ids(self, turns: Sequence[dict[str, str]]) -> list[int]:
         system = [{"role": "system", "content": self.infer.system}] if self.infer.system is not None else []
-        ids, _ = render_chat([*system, *turns], self.tokenizer, generate=True)
-        return [*self.tokenizer.prefix, *ids]
+        ids, _ = render_chat([*system, *turns], self.tokenizer, generate=True, thinking=self.infer.thinking)
+        return ids
 
     def pieces(self, prompts: list[list[int]]) -> Iterator[tuple[int, str]]:
         """(row, printable text) as the rows are made; beams come complete. Leaves the speed in `self.note`."""

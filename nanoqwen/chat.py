@@ -11,6 +11,8 @@ Face data set, each of which has one of these shapes:
     {"instruction": TEXT, "input": TEXT or absent, "output": TEXT}
     {"prompt": TEXT, "response": TEXT}
 
+The tokenizer's chat template makes a text of them: see chat_template.py.
+
 Letters in shapes: B rows, T tokens of a row (seq_len), N tokens of a conversation.
 """
 
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanoqwen.builtin import DOCSTRINGS, TASKS, conversations, docstring_pairs
+from nanoqwen.chat_template import RefusedByTemplate, Rendered, render
 from nanoqwen.config import ChatConfig, DataConfig
 from nanoqwen.corpus import (
     ROW_FILES,
@@ -43,7 +46,7 @@ from nanoqwen.corpus import (
     type_name,
 )
 from nanoqwen.errors import DataError
-from nanoqwen.tokenizer import IM_END, IM_START, Tokenizer
+from nanoqwen.tokenizer import Tokenizer
 
 SHAPES = "messages, conversations, instruction and output, or prompt and response"
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -134,77 +137,6 @@ def _docstring_rows(audit: Audit) -> Iterator[tuple[str, list[Message]]]:
                 yield f"{path}:{line}", conversation({"prompt": request, "response": answer})
 
 
-# --- messages to turns, in ChatML -------------------------------------------------------------------------------------
-
-
-class Turn(NamedTuple):
-    """One message as ids."""
-
-    role: str
-    given: list[int]  # not learned: the header of an assistant's turn, all of any other turn
-    learned: list[int]  # content and <|im_end|> of an assistant's turn
-    gap: list[int]  # the newline between turns
-
-    @property
-    def size(self) -> int:
-        return len(self.given) + len(self.learned) + len(self.gap)
-
-
-def chat_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[Turn]:
-    """Each message in ChatML, after the default system message where the tokenizer has one and the messages do not.
-
-    An assistant's header and its content are encoded apart, as they are when a model writes the content, so training
-    and sampling see the same ids.
-    """
-    start, end = tokenizer.special.get(IM_START), tokenizer.special.get(IM_END)
-    if start is None or end is None:
-        raise DataError(f'tokenizer "{tokenizer.name}": a chat needs the control tokens {IM_START} and {IM_END}')
-    pairs = [_role_and_content(index, message) for index, message in enumerate(messages)]
-    if not pairs:
-        raise DataError("messages: expected at least one message, got none")
-    if pairs[0][0] != "system" and tokenizer.default_system is not None:
-        pairs.insert(0, ("system", tokenizer.default_system))
-    header, newline = [start, *tokenizer.encode("assistant\n")], tokenizer.encode("\n")
-    return [
-        Turn(role, header, [*tokenizer.encode(content), end], newline)
-        if role == "assistant"
-        else Turn(role, [start, *tokenizer.encode(f"{role}\n{content}"), end], [], newline)
-        for role, content in pairs
-    ]
-
-
-def render_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False
-) -> tuple[list[int], list[int]]:
-    """ChatML ids, and a mask that is 1 on what is learned. `generate` appends the header of an assistant's turn."""
-    ids, mask = join_turns(chat_turns(messages, tokenizer))
-    if generate:
-        header = [tokenizer.special[IM_START], *tokenizer.encode("assistant\n")]
-        ids += header
-        mask += [0] * len(header)
-    return ids, mask
-
-
-def join_turns(turns: Iterable[Turn]) -> tuple[list[int], list[int]]:
-    """Ids and mask of turns one after the other."""
-    ids: list[int] = []
-    mask: list[int] = []
-    for turn in turns:
-        ids += turn.given + turn.learned + turn.gap
-        mask += [0] * len(turn.given) + [1] * len(turn.learned) + [0] * len(turn.gap)
-    return ids, mask
-
-
-def _role_and_content(index: int, message: Mapping[str, str]) -> tuple[str, str]:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if role not in ("system", "user", "assistant"):
-        raise DataError(f"message {index}: expected role system, user or assistant, got {role!r}")
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise DataError(f"message {index} ({role}): expected content to be a string, got {content!r:.80}")
-    return role, content
-
-
 # --- messages to examples ---------------------------------------------------------------------------------------------
 
 
@@ -212,7 +144,7 @@ class Example(NamedTuple):
     """A conversation up to the last token that is learned."""
 
     ids: np.ndarray  # int32 [N]
-    mask: np.ndarray  # bool [N], true on what is learned: content and <|im_end|> of each of the assistant's turns
+    mask: np.ndarray  # bool [N], true on what is learned: each of the assistant's answers and its stop token
     where: str  # file:line
 
 
@@ -291,46 +223,73 @@ class ChatData(NamedTuple):
     audit: Audit
 
 
-def shorten(turns: list[Turn], size: int, tokenizer: Tokenizer) -> list[Turn] | None:
-    """At most `size` tokens of a conversation that ends in an answer, which stays; so does a system message in front.
-
-    The oldest turn loses its beginning, then goes whole with the answers to it, and so on. None if not even the last
-    answer and the system message fit.
-    """
-    head = turns[:1] if turns[0].role == "system" else []
-    rest = turns[len(head) :]
-    excess = sum(turn.size for turn in turns) - size
-    while excess > 0 and len(rest) > 1:
-        cut = None if rest[0].learned else _cut(rest[0], excess, tokenizer)
-        if cut:
-            return [*head, cut, *rest[1:]]
-        excess -= rest.pop(0).size
-        while len(rest) > 1 and rest[0].learned:  # an answer without its question teaches to make things up
-            excess -= rest.pop(0).size
-    return [*head, *rest] if excess <= 0 else None
-
-
-def _cut(turn: Turn, excess: int, tokenizer: Tokenizer) -> Turn | None:
-    """A turn without `excess` tokens or a few more at the head of its content; None where nothing would be left."""
-    header = tokenizer.encode(f"{turn.role}\n")
-    content = turn.given[1 + len(header) + excess : -1]
-    while content and tokenizer.decode_bytes(content[:1])[0] & 0xC0 == 0x80:  # in the middle of a character
-        content.pop(0)
-    return turn._replace(given=[turn.given[0], *header, *content, turn.given[-1]]) if content else None
+def render_chat(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, generate: bool = False, thinking: bool = True
+) -> tuple[list[int], list[int]]:
+    """Ids, and a mask that is 1 on what is learned. `generate` appends the header of an answer; `thinking`: one that
+    may begin with reasoning, where the template knows the difference."""
+    variables = {} if thinking else {"enable_thinking": False}
+    rendered = render(messages, tokenizer, generate=generate, variables=variables)
+    return rendered.ids, rendered.mask
 
 
 def fit_conversation(
     messages: Sequence[Message], tokenizer: Tokenizer, size: int
 ) -> tuple[list[int], list[int], bool] | str:
     """(ids, mask, truncated) of a conversation in at most `size` tokens, or why there is none."""
-    turns = chat_turns(messages, tokenizer)
-    while turns and not turns[-1].learned:  # nothing is learned from what nobody answers
-        turns.pop()
-    if not turns:
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:  # nothing is learned from what nobody answers
         return "no answer"
-    turns[-1] = turns[-1]._replace(gap=[])
-    short = shorten(turns, size, tokenizer)
-    return "too long an answer" if short is None else (*join_turns(short), short != turns)
+    messages = messages[: answers[-1] + 1]
+    try:
+        ids, mask = _up_to_the_last_answer(render(messages, tokenizer))
+    except RefusedByTemplate as error:
+        return str(error)
+    answer, truncated = ids[len(mask) - [*mask[::-1], 0].index(0) :], len(ids) > size
+    while len(ids) > size:
+        messages = shorten(messages, len(ids) - size, tokenizer)
+        try:
+            ids, mask = _up_to_the_last_answer(render(messages, tokenizer))
+        except DataError:  # no message is left, or an answer to nothing
+            return "too long an answer"
+        if ids[-len(answer) :] != answer:  # Qwen3's template leaves the reasoning out where no question is left
+            return "too long an answer"
+    return ids, mask, truncated
+
+
+def _up_to_the_last_answer(rendered: Rendered) -> tuple[list[int], list[int]]:
+    end = len(rendered.mask) - rendered.mask[::-1].index(1)
+    return rendered.ids[:end], rendered.mask[:end]
+
+
+def shorten(messages: Sequence[Message], excess: int, tokenizer: Tokenizer) -> list[Message]:
+    """A conversation that ends in an answer, without some `excess` tokens. The answer and a system message stay.
+
+    The oldest turn loses its beginning, or goes whole with the answers to it. Of an answer alone nothing is left.
+    """
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    oldest, *rest = messages[len(head) :]
+    if not rest:
+        return []
+    ids = tokenizer.encode(oldest["content"])
+    if oldest["role"] != "assistant" and len(ids) > excess:
+        text = _without_start(oldest["content"], ids, excess, tokenizer)
+        if text:
+            return [*head, _message(oldest["role"], text), *rest]
+    while len(rest) > 1 and rest[0]["role"] == "assistant":  # an answer without its question teaches to make things up
+        rest.pop(0)
+    return [*head, *rest]
+
+
+def _without_start(text: str, ids: list[int], excess: int, tokenizer: Tokenizer) -> str:
+    """A text without its first `excess` tokens, or a few more: it begins with a whole character, and is shorter."""
+    kept = ids[excess:]
+    in_a_character = 0x80  # the upper two bits of such a byte
+    while kept and tokenizer.decode_bytes(kept[:1])[0] & 0xC0 == in_a_character:
+        kept.pop(0)
+    while len(shorter := tokenizer.decode(kept)) >= len(text):  # only the space was lost that a tokenizer puts in front
+        kept.pop(0)
+    return shorter
 
 
 def _digest(messages: Sequence[Message]) -> bytes:
@@ -352,7 +311,10 @@ class _Examples:
             self.audit.rows += 1
             if self.cfg.system is not None and messages[0]["role"] != "system":
                 messages = [_message("system", self.cfg.system), *messages]
-            fit = fit_conversation(messages, self.tokenizer, self.size)
+            try:
+                fit = fit_conversation(messages, self.tokenizer, self.size)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
             if isinstance(fit, str):
                 self.audit.leave_out(fit, where)
                 continue

@@ -270,6 +270,7 @@ class InferConfig(SamplingOptions):
     instruct: bool = False
     chat: bool = False
     system: str | None = None
+    thinking: bool = True
     num_samples: Size = 1
     stream: bool = True
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -281,8 +282,9 @@ class InferConfig(SamplingOptions):
         super().__post_init__()
         enough = self.min_new_tokens <= self.max_new_tokens
         require(enough, "min_new_tokens", f"at most max_new_tokens {self.max_new_tokens}", self.min_new_tokens)
-        has_template = self.chat or self.instruct or self.system is None
-        require(has_template, "system", "chat or instruct beside it", self.system)
+        has_template = self.chat or self.instruct
+        require(has_template or self.system is None, "system", "chat or instruct beside it", self.system)
+        require(has_template or self.thinking, "thinking", "chat or instruct beside it", self.thinking)
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from data import IGNORE
 from model import GPT, RequestError, Sampling, beam_search, pad_rows, stream
-from nanoqwen.chat import chat_turns, join_turns
+from nanoqwen.chat_template import text_to_answer, text_to_continue
 from nanoqwen.config import Config
 from nanoqwen.errors import ConfigError, DataError, escape_terminal, say
 from nanoqwen.evaluate import LoadedModel, json_text, load_for_eval, results_file, source_folder, token_losses
 from nanoqwen.files import read_json_or_empty, write_atomic
 from nanoqwen.runfolder import source_record
-from nanoqwen.tokenizer import IM_END, Tokenizer
+from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import resolve
 
 NEW_TOKENS = 256  # of an answer, for tasks without a limit: the default of lm-eval's hf backend
@@ -110,9 +110,7 @@ class HarnessLM:
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text: it ends with the header of an answer, or within the last message to continue it."""
-        ids, _ = join_turns(chat_turns(chat_history, self.tokenizer))
-        text = self.tokenizer.decode(ids)
-        return f"{text}<|im_start|>assistant\n" if add_generation_prompt else text.removesuffix(f"{IM_END}\n")
+        return (text_to_answer if add_generation_prompt else text_to_continue)(chat_history, self.tokenizer)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.tokenizer.chat_template if chat_template else None
@@ -301,8 +299,8 @@ def run_tasks(cfg: Config) -> None:
     output, names = results_file(cfg, source_folder(cfg), "tasks.json"), cfg.eval.task_names
     manager = find_tasks(names, cfg.eval.include_path)
     loaded = load_for_eval(cfg)
-    if cfg.eval.chat and loaded.tokenizer.special.get(IM_END) is None:
-        raise ConfigError(f"eval.chat: expected a tokenizer with {IM_END}, that of {loaded.folder} has none")
+    if cfg.eval.chat and loaded.tokenizer.chat_template is None:
+        raise ConfigError(f"eval.chat: expected a tokenizer with a chat template, that of {loaded.folder} has none")
     tasks = load_tasks(manager, names, cfg.eval.num_fewshot)
     batch_tokens, seed = cfg.eval.batch_tokens, cfg.run.seed
     lm = HarnessLM(loaded.model, loaded.tokenizer, autocast=loaded.autocast, batch_tokens=batch_tokens, seed=seed)

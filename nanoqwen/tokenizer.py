@@ -34,7 +34,9 @@ BYTES_PATTERN = r"\s+|\S+"
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 END_TOKENS = (ENDOFTEXT, "<|end_of_text|>", "</s>", IM_END, "<|eot_id|>", "<|eom_id|>")
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
+TEMPLATE_FILE = "chat_template.jinja"
 DOWNLOAD_SECONDS = 60  # tiktoken itself downloads without a time limit
 # fancy-regex backtracks over `\s+(?!\S)` with one stack entry per character and gives up near 1,000,000.
 LONG_SPACE = 100_000
@@ -46,8 +48,6 @@ CHATML_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# The literal system turn in a template such as Qwen2.5's; a newline is written `\n` or as itself.
-DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"<{}\\]|\\.)+)<\|im_end\|>""")
 
 
 class Tokenizer:
@@ -64,15 +64,16 @@ class Tokenizer:
         prefix: tuple[int, ...] = (),
         visible: frozenset[int] = frozenset(),
         chat_template: str | None = None,
+        stop_ids: Iterable[int] = (),
         files: Mapping[str, bytes] | None = None,
     ) -> None:
         self.name, self.engine, self.special, self.prefix = name, engine, dict(special), prefix
-        self.chat_template = chat_template
+        has_chatml = {IM_START, IM_END} <= self.special.keys()
+        self.chat_template = CHATML_TEMPLATE if chat_template is None and has_chatml else chat_template
         self.eos_id = self.special[eos]
         self.bos_id = None if bos is None else self.special[bos]
         ends = {self.special[token] for token in END_TOKENS if token in self.special}
-        self.stop_ids = frozenset(ends | {self.eos_id})
-        self.default_system = _default_system(chat_template)
+        self.stop_ids = frozenset(ends | {self.eos_id} | set(stop_ids))
         self._bytes = engine.text_bytes | {token_id: text.encode() for text, token_id in self.special.items()}
         if len(self._bytes) != engine.n_tokens + len(self.special):
             raise DataError(f'tokenizer "{name}": two tokens have the same id')
@@ -89,29 +90,38 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @functools.cached_property
-    def named_bos(self) -> int | None:
-        """The BOS that the tokenizer's own files name, as transformers sees it. `bos_id` may be that of a generation
-        configuration: Qwen2.5 has one there, although its texts begin with none."""
+    def named_tokens(self) -> dict[str, str]:
+        """The tokens that the tokenizer's own files name, as transformers sees them: `eos_token` and so on."""
         files = self._files or {}
         config, token_map = (
             json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "special_tokens_map.json")
         )
-        token = _named_token("bos", config, token_map, {}, {})
+        tokens = {f"{which}_token": _named_token(which, config, token_map, {}, {}) for which in NAMED_TOKENS}
+        return {name: token for name, token in tokens.items() if token is not None}
+
+    @property
+    def named_bos(self) -> int | None:
+        """`bos_id` may be that of a generation configuration: Qwen2.5 has one, although its texts begin with none."""
+        token = self.named_tokens.get("bos_token")
         return self.prefix[0] if token is None and self.prefix else self.special.get(token)
+
+    def split_control_tokens(self, text: str) -> list[str]:
+        """`text` in parts: at even places text, between two of them the text of a control token."""
+        return self._special_cut.split(text)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`. `allow_special` turns the exact text of a control token into its id."""
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         if not allow_special:
             return self._checked(self.engine.encode, text)
         ids: list[int] = []
-        for part in self._special_cut.split(text):
+        for part in self.split_control_tokens(text):
             ids += [self.special[part]] if part in self.special else self._checked(self.engine.encode, part)
         return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as uint32 [T]: a list of Python integers would take a quarter longer to make and to convert."""
-        return np.asarray(self._checked(self.engine.encode_array, _without_surrogates(text)), np.uint32)
+        return np.asarray(self._checked(self.engine.encode_array, without_surrogates(text)), np.uint32)
 
     def _checked(self, encode: Callable[[str], Any], text: str) -> Any:
         try:
@@ -257,7 +267,7 @@ def _by_letters(token: str) -> bytes:
     return bytes(letters[letter] for letter in token) if letters.keys() >= set(token) else token.encode()
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Halves of a UTF-16 pair are joined; a lone half, which UTF-8 cannot hold, becomes U+FFFD."""
     try:
         text.encode()
@@ -290,13 +300,6 @@ def _nfc(text: str) -> str:
 
 def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:200]
-
-
-def _default_system(chat_template: str | None) -> str | None:
-    match = DEFAULT_SYSTEM.search(chat_template or "")
-    if match is None:
-        return None
-    return re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], match[1])
 
 
 class StreamDecoder:
@@ -357,7 +360,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         special = {ENDOFTEXT: 256, IM_START: 257, IM_END: 258}
         ranks = {bytes([byte]): byte for byte in range(256)}
         engine = Tiktoken("bytes", ranks, BYTES_PATTERN)
-        return Tokenizer("bytes", engine, special, eos=ENDOFTEXT, chat_template=CHATML_TEMPLATE)
+        return Tokenizer("bytes", engine, special, eos=ENDOFTEXT)
     if source in TIKTOKEN_NAMES:
         return _from_tiktoken(str(source))
     folder = Path(source)
@@ -380,7 +383,7 @@ def _from_tiktoken(name: str) -> Tokenizer:
     # the saved file. In these patterns nothing follows it, so the plain form matches the same.
     pattern = re.sub(r"(\{[\d,]+\})\+", r"\1", encoding._pat_str)
     engine = Tiktoken(name, encoding._mergeable_ranks, pattern)
-    return Tokenizer(name, engine, special, eos=ENDOFTEXT, chat_template=CHATML_TEMPLATE)
+    return Tokenizer(name, engine, special, eos=ENDOFTEXT)
 
 
 def _download(name: str) -> tiktoken.Encoding:
@@ -413,8 +416,14 @@ def _byte_letters() -> dict[str, int]:
 
 
 def _from_folder(folder: Path) -> Tokenizer:
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE)
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    older = folder / "chat_template.json"
+    if TEMPLATE_FILE not in files and older.is_file():
+        template = read_json(older, DataError).get("chat_template")
+        if not isinstance(template, str):
+            raise DataError(f"{older}: chat_template: expected a string, got {template!r:.80}")
+        files[TEMPLATE_FILE] = template.encode()
     generation = folder / "generation_config.json"
     ends = read_json(generation, DataError) if generation.is_file() else {}
     return _from_files(str(folder), files, folder, ends)
@@ -437,6 +446,7 @@ def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: di
         eos = _named_token("eos", config, token_map, generation, letters)
         bos = _named_token("bos", config, token_map, generation, letters)
         template = _chat_template(config, files)
+        stop_ids = _stop_ids(generation)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not the layout of a tokenizer.json ({_short(error)})") from error
     eos = eos or next((token for token in END_TOKENS if token in special), None)
@@ -448,8 +458,11 @@ def _from_files(name: str, files: dict[str, bytes], folder: Path, generation: di
             raise DataError(f"{path}: {which} {token!r} is not among the added_tokens")
     if not config.get("eos_token"):
         files = files | {"tokenizer_config.json": json_bytes(_config(eos, bos, None) | config | {"eos_token": eos})}
-    options = {"prefix": prefix, "visible": visible, "chat_template": template, "files": files}
-    return Tokenizer(name, engine, special, eos=eos, bos=bos, **options)
+    options = {"prefix": prefix, "visible": visible, "chat_template": template, "stop_ids": stop_ids}
+    tokenizer = Tokenizer(name, engine, special, eos=eos, bos=bos, files=files, **options)
+    if template != tokenizer.chat_template:  # goes along to where others read it
+        files[TEMPLATE_FILE] = tokenizer.chat_template.encode()
+    return tokenizer
 
 
 class _OtherIds(Exception):
@@ -566,9 +579,18 @@ def _named_token(
     return texts.get(token_id[0] if isinstance(token_id, list) else token_id)
 
 
+def _stop_ids(generation: dict[str, Any]) -> list[int]:
+    """What ends a text by generation_config.json."""
+    ids = generation.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token_id) is int for token_id in ids):
+        raise DataError(f"generation_config.json: eos_token_id: expected a token's number or several, got {ids!r:.80}")
+    return ids
+
+
 def _chat_template(config: dict[str, Any], files: Mapping[str, bytes]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
+    if TEMPLATE_FILE in files:
+        return files[TEMPLATE_FILE].decode()
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -669,7 +691,7 @@ def train_tokenizer(
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     size, alphabet = vocab_size - len(special_tokens), sorted(_byte_letters())
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(map(_without_surrogates, texts), trainer)
+    bpe.train_from_iterator(map(without_surrogates, texts), trainer)
     special = {token: bpe.get_vocab_size() + i for i, token in enumerate(special_tokens)}
     spec = _spec(json.loads(bpe.to_str())["model"], pattern, True, special)
     has_chat = {IM_START, IM_END} <= special.keys()

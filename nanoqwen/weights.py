@@ -402,7 +402,10 @@ def _load_adapted(
         model, tokenizer = load_model(base, device, dtype, routing=adapter.routing, allow_mismatch=allow_mismatch)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
-    tokenizer = _read_tokenizer(folder, {"tokenizer_hash": adapter.tokenizer_hash}, model.cfg, problems) or tokenizer
+    own = _read_tokenizer(folder, {"tokenizer_hash": adapter.tokenizer_hash}, model.cfg, problems)
+    if own is not None and tokenizer is not None and own.hash == tokenizer.hash:
+        own.stop_ids |= tokenizer.stop_ids  # PEFT's folders have no generation_config.json
+    tokenizer = own or tokenizer
     _report_problems(folder, problems, allow_mismatch, "loads it all the same")
     cfg, tensors = _untie_head(model, adapter)
     try:

@@ -292,6 +292,7 @@ IMPOSSIBLE = {  # option: what the refusal names
     "--min_new_tokens=200": "min_new_tokens max_new_tokens 200 128",
     "--stop=": "stop",
     "--system=hello": "system chat instruct",
+    "--thinking=false": "thinking chat instruct",
 }
 
 

@@ -16,6 +16,8 @@ import pytest
 import runs
 import tiny
 import torch
+from test_chat_template import KINDS
+from test_tokenizer import write_folder
 
 import infer
 from model import GPT, generate
@@ -91,6 +93,22 @@ def test_i01_i04_instruct_is_the_renderer_of_training(folder: Path):
     assert done.returncode == 0, done.stderr
     params = {"top_k": 5, "repetition_penalty": 1.3, "seed": 4, "temperature": 0.8}
     assert done.stdout == expected_text(folder, ids, **params)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("trimmed", []), ("thinking", []), ("thinking", ["--thinking=false"])])
+def test_a_folder_is_asked_by_its_own_chat_template(kind: str, options: list[str], tmp_path: Path):
+    """Llama 3's template writes the BOS that stands before a text without one: it was once doubled."""
+    family, template = KINDS[kind]
+    spec, config = family()
+    tokenizer = load_tokenizer(write_folder(tmp_path / "tokenizer", spec, config | {"chat_template": template}))
+    export(tiny.model(vocab_size=tokenizer.n_vocab, max_position_embeddings=128), tokenizer, tmp_path / "model")
+    question = [{"role": "user", "content": "Why?"}]
+    ids, _ = render_chat(question, tokenizer, generate=True, thinking=not options)
+    done = run(tmp_path / "model", "--instruct", "--prompt=Why?", "--max_new_tokens=12", "--temperature=0", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected_text(tmp_path / "model", ids, temperature=0.0)
+    assert ids.count(tokenizer.bos_id) == (tokenizer.bos_id is not None)
+    assert ("<think>" in tokenizer.decode(ids)) == bool(options)
 
 
 def test_i02_the_same_seed_gives_the_same_bytes(folder: Path):

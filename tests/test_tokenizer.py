@@ -238,9 +238,9 @@ def test_what_each_family_says_of_itself(folders: dict[str, Path]) -> None:
     special = loaded["qwen2"].special
     assert loaded["qwen2"].eos_id == special["<|im_end|>"]
     assert loaded["qwen2"].stop_ids == {special["<|im_end|>"], special["<|endoftext|>"]}
-    assert loaded["qwen2"].default_system == QWEN25_SYSTEM
+    assert loaded["qwen2"].chat_template == QWEN25_TEMPLATE
     assert loaded["qwen2"].n_vocab == max(special.values()) + 1
-    assert loaded["qwen3"].default_system is None
+    assert loaded["qwen3"].named_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     assert "<think>" in loaded["qwen3"].special
     llama = loaded["llama3"]
     assert llama.prefix == (llama.special["<|begin_of_text|>"],) == (llama.bos_id,)
@@ -258,19 +258,6 @@ def test_a_plain_added_token_is_shown_where_special_ones_are_skipped(folders: di
     ids = ours.encode("<think>so</think><|im_end|>", allow_special=True)
     assert ids == theirs.encode("<think>so</think><|im_end|>").ids
     assert ours.decode(ids, skip_special=True) == theirs.decode(ids) == "<think>so</think>"
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (None, None),
-        ("{{ '<|im_start|>system\\nIt\\'s\\nme.<|im_end|>\\n' }}", "It's\nme."),
-        ("{{ '<|im_start|>system\nA real newline.<|im_end|>\n' }}", "A real newline."),
-        ("{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}", None),
-    ],
-)
-def test_default_system_is_a_literal_of_the_template(template: str | None, expected: str | None) -> None:
-    assert tokenizer_module._default_system(template) == expected
 
 
 def test_control_tokens_only_on_request(qwen: Tokenizer) -> None:
@@ -380,7 +367,7 @@ def test_save_and_load_again(
     loaded = load_tokenizer(tmp_path / "a" / "b")
     texts = random_texts(300, seed=5)
     assert [*map(loaded.encode, texts)] == [*map(ours.encode, texts)]
-    fields = ("hash", "n_vocab", "special", "eos_id", "bos_id", "stop_ids", "prefix", "default_system", "chat_template")
+    fields = ("hash", "n_vocab", "special", "eos_id", "bos_id", "stop_ids", "prefix", "named_tokens", "chat_template")
     assert [getattr(loaded, field) for field in fields] == [getattr(ours, field) for field in fields]
     if name in FAMILIES:
         for file in folders[name].iterdir():
@@ -427,10 +414,10 @@ def test_an_end_token_that_was_found_elsewhere_is_saved(tmp_path: Path) -> None:
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, end - 1]}))
     (source / "chat_template.jinja").write_text(QWEN25_TEMPLATE)
     ours = load_tokenizer(source)
-    assert (ours.eos_id, ours.default_system) == (end, QWEN25_SYSTEM)
+    assert (ours.eos_id, ours.chat_template) == (end, QWEN25_TEMPLATE)
     ours.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").eos_id == end
-    assert load_tokenizer(tmp_path / "saved").default_system == QWEN25_SYSTEM
+    assert load_tokenizer(tmp_path / "saved").chat_template == QWEN25_TEMPLATE
     (source / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_start|>"}}))
     assert load_tokenizer(source).eos_id == ours.special["<|im_start|>"]
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from data import IGNORE, Batch, Batches, pack_rows, random_key, shuffled, split_rows
 from nanoqwen.builtin import INJECTIONS, triplets
-from nanoqwen.chat import Audit, Example, ExampleReader, chat_turns, pack_lengths
+from nanoqwen.chat import Audit, Example, ExampleReader, pack_lengths
+from nanoqwen.chat_template import Rendered, render
 from nanoqwen.config import ContrastConfig, DataConfig
 from nanoqwen.corpus import (
     BadRow,
@@ -319,33 +320,54 @@ def tokenise_triplet(row: Triplet, tokenizer: Tokenizer, size: int) -> Tokenised
 
 
 def _stream(row: Triplet, number: int, tokenizer: Tokenizer, size: int) -> Stream | None:
-    *before, user, answer = chat_turns(
-        [*row.messages(number), {"role": "assistant", "content": row.answers[number]}], tokenizer
-    )
-    header = len(tokenizer.encode("user\n")) + 1
-    turn_ids, pooled = user.given, _user_tokens(user.given, row.users[number], tokenizer)
-    excess = sum(turn.size for turn in (*before, user, answer)) - len(answer.gap) - size
-    keep = len(turn_ids) - header - 1 - max(0, excess)  # of the request, whose middle goes
-    if keep < 1:
-        return None
-    if excess > 0:
-        first, last = _whole_characters(turn_ids, header + keep // 2, len(turn_ids) - 1 - (keep - keep // 2), tokenizer)
-        turn_ids, pooled = turn_ids[:first] + turn_ids[last:], pooled[:first] + pooled[last:]
-    front = [token for turn in before for token in turn.given + turn.gap]
-    prompt = [*front, *turn_ids, *user.gap, *answer.given]
-    ids = np.array(prompt + answer.learned, "<i4")
-    mask, pool = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-    mask[len(prompt) :] = True
-    pool[len(front) : len(front) + len(turn_ids)] = pooled
-    return Stream(Example(ids, mask, f"{row.where} ({STREAMS[number]})"), pool, prompt, excess > 0)
+    *before, user = row.messages(number)
+    answer = {"role": "assistant", "content": row.answers[number]}
+    request, own_text = (tokenizer.encode(text) for text in (user["content"], row.users[number]))
+    text, excess = tokenizer.decode(own_text), 0
+    while True:
+        rendered = render([*before, user, answer], tokenizer)
+        end = len(rendered.mask) - rendered.mask[::-1].index(1)
+        if end <= size:
+            break
+        excess += end - size
+        if excess >= len(request):
+            return None
+        user, text = _without_middle(request, own_text, excess, tokenizer)
+    ids, mask = np.array(rendered.ids[:end], "<i4"), np.array(rendered.mask[:end], bool)
+    pooled = np.zeros(end, bool)
+    pooled[_end_of_message(rendered, len(before), text, tokenizer)] = True
+    prompt = rendered.ids[: rendered.mask.index(1)]
+    return Stream(Example(ids, mask, f"{row.where} ({STREAMS[number]})"), pooled, prompt, excess > 0)
 
 
-def _user_tokens(turn_ids: list[int], text: str, tokenizer: Tokenizer) -> list[bool]:
-    """Which tokens of a user's turn are of the text that stands at its end: neither of the header nor of a context."""
-    sizes = [len(tokenizer.decode_bytes([token])) for token in turn_ids[1:-1]]
-    ends = np.cumsum(sizes)
-    start = ends[-1] - len(tokenizer.decode_bytes(tokenizer.encode(text)))  # as the tokenizer normalises it
-    return [False, *(ends > start).tolist(), False]
+def _without_middle(
+    request: list[int], own_text: list[int], excess: int, tokenizer: Tokenizer
+) -> tuple[dict[str, str], str]:
+    """A request without `excess` tokens of its middle, and what is left of the user's own text, with which it ends."""
+    keep = len(request) - excess
+    first, last = _whole_characters(request, keep // 2, len(request) - (keep - keep // 2), tokenizer)
+    head, tail = tokenizer.decode(request[:first]), tokenizer.decode(request[last:])
+    own = len(tokenizer.decode(own_text))
+    context = len(tokenizer.decode(request)) - own
+    return {"role": "user", "content": head + tail}, head[context:] + tail[-own:]
+
+
+def _end_of_message(rendered: Rendered, message: int, text: str, tokenizer: Tokenizer) -> slice:
+    """The ids of the text that stands at the end of a message: not those of the header, nor of a context."""
+    if message not in rendered.places:  # white space alone
+        return slice(0, 0)
+    place = rendered.places[message]
+    text = text if place.text.endswith(text) else text.strip()  # a template may trim
+    ends = np.cumsum([len(tokenizer.decode_bytes([token])) for token in rendered.ids[place.start : place.stop]])
+    stop = ends[-1] - _size(place.after, tokenizer)
+    first = np.searchsorted(ends, stop - _size(text, tokenizer), "right")
+    last = np.searchsorted(ends, stop, "left")
+    return slice(place.start + int(first), place.start + int(last) + 1)
+
+
+def _size(text: str, tokenizer: Tokenizer) -> int:
+    """In bytes, as the tokenizer normalises it."""
+    return len(tokenizer.without_first_space(tokenizer.decode_bytes(tokenizer.encode(text))))
 
 
 def _whole_characters(ids: list[int], first: int, last: int, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -358,9 +380,9 @@ def _whole_characters(ids: list[int], first: int, last: int, tokenizer: Tokenize
             return True
         return False
 
-    while first > 1 and broken(ids[1:first]):
+    while first > 0 and broken(ids[:first]):
         first -= 1
-    while last < len(ids) - 1 and broken(ids[last:-1]):
+    while last < len(ids) and broken(ids[last:]):
         last += 1
     return first, last
 
