@@ -25,7 +25,7 @@ from nanoqwen import gguf_reader
 from nanoqwen.errors import CheckpointError, DataError
 from nanoqwen.files import json_bytes, read_json
 from nanoqwen.patterns import BYTES_PATTERN, CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN
-from nanoqwen.sources import TOKENIZER_FILES, is_gguf, resolve
+from nanoqwen.sources import HUB_ID, TOKENIZER_FILES, is_gguf, resolve
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 END_TOKENS = (ENDOFTEXT, "<|end_of_text|>", "</s>", IM_END, "<|eot_id|>", "<|eom_id|>")
@@ -397,7 +397,9 @@ def _resolved(source: str | Path, folder: Path) -> Path:
         names = ("bytes", *TIKTOKEN_NAMES)
         close = difflib.get_close_matches(str(source), names, n=1)
         hint = f'; did you mean "{close[0]}"?' if close else ""
-        files = "a tokenizer.json, a .tiktoken file, or a folder or .gguf file of a model"
+        if HUB_ID.fullmatch(str(source)):
+            hint = "; offline, put its tokenizer.json and tokenizer_config.json into a folder and name that"
+        files = "a tokenizer.json, a .tiktoken file, or a folder, hub id or .gguf file of a model"
         raise DataError(f'tokenizer "{source}": {error}; expected {", ".join(names)}, {files}{hint}') from None
     if not is_gguf(found) and not (found / "tokenizer.json").is_file():
         raise DataError(f'tokenizer "{source}": expected a tokenizer.json in this folder, found none')
