@@ -460,9 +460,9 @@ def _sentencepiece(file: Gguf, vocab: dict[str, int], types: list[int]) -> dict[
 
 
 def merges_by_score(scores: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, best first: SentencePiece joins the neighbours of the best score."""
+    """Every pair of tokens that makes a token, the best score first, of equals the lower id: the order of Llama 2's."""
     pairs = [
-        (-score, vocab[text[:cut]], vocab[text[cut:]], text[:cut], text[cut:])
+        (-score, vocab[text], vocab[text[:cut]], vocab[text[cut:]], text[:cut], text[cut:])
         for text, score in scores.items()
         for cut in range(1, len(text))
         if text[:cut] in scores and text[cut:] in scores

@@ -246,7 +246,12 @@ def test_sentencepiece_joins_the_best_score_first(tmp_path: Path):
 def test_pairs_of_a_token_are_tried_in_one_order():
     vocab = {"a": 0, "b": 1, "ab": 2, "aba": 3, "ba": 4}
     scores = {"a": -9.0, "b": -9.0, "ab": -1.0, "aba": -2.0, "ba": -1.0}
-    assert merges_by_score(scores, vocab) == [("a", "b"), ("b", "a"), ("a", "ba"), ("ab", "a")]
+    assert merges_by_score(scores, vocab) == [
+        ("a", "b"),
+        ("b", "a"),
+        ("a", "ba"),
+        ("ab", "a"),
+    ]  # of equals the lower id
 
 
 @pytest.mark.parametrize(
