@@ -375,7 +375,7 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
-    """The tokenizer.json and tokenizer_config.json that the model would have."""
+    """The tokenizer.json, tokenizer_config.json and generation_config.json that the model would have."""
     file = read_gguf(path)
     texts, types = _tokens(file)
     named = {name: file.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("bos", "eos", "eot", "eom")}
@@ -396,7 +396,9 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     added = [{"id": i, "content": texts[i], **flags, "special": hidden} for i, hidden in sorted(special.items())]
     prefix = texts[named["bos"]] if named["bos"] is not None and _adds_bos(file, kind) else None
     spec = {"version": "1.0", "added_tokens": added, **parts, "post_processor": _begin_with(prefix, named["bos"])}
-    return {"tokenizer.json": json_bytes(spec), "tokenizer_config.json": json_bytes(_config(file, texts, named))}
+    generation = {"eos_token_id": sorted(ends - {named["bos"]} | {named["eos"]} - {None})}
+    made = {"tokenizer": spec, "tokenizer_config": _config(file, texts, named), "generation_config": generation}
+    return {f"{name}.json": json_bytes(content) for name, content in made.items()}
 
 
 def _tokens(file: Gguf) -> tuple[list[str], list[int]]:

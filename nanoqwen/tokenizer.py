@@ -411,7 +411,8 @@ def _resolved(source: str | Path, folder: Path) -> Path:
 
 def _from_gguf(path: Path) -> Tokenizer:
     try:
-        return _from_files(str(path), gguf_reader.tokenizer_files(path), path, {})
+        files = gguf_reader.tokenizer_files(path)
+        return _from_files(str(path), files, path, json.loads(files.pop("generation_config.json")))
     except CheckpointError as error:
         raise DataError(f'tokenizer "{path}": {error}') from None
 

@@ -147,7 +147,8 @@ def learned_texts(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> list
             stretches[-1].append(token_id)
     assert all(stretch[-1] in tokenizer.stop_ids for stretch in stretches)
     assert not any(token_id in tokenizer.stop_ids for stretch in stretches for token_id in stretch[:-1])
-    return [tokenizer.decode_bytes(stretch[:-1]).decode() for stretch in stretches]
+    # Some vocabularies lack bytes, and half a character may be left.
+    return [tokenizer.decode_bytes(stretch[:-1]).decode("utf-8", "replace") for stretch in stretches]
 
 
 def answers_of(kind: str, messages: list[dict[str, str]]) -> list[str]:

@@ -69,7 +69,7 @@ def test_a_file_is_the_folder_that_it_was_made_from(kind: str, folders: dict[str
         a, b = got(IDS).logits, expected(IDS).logits
     assert (a - b).abs().max() <= 1e-6 * b.abs().max()  # the rope settings too
     assert (its.special, its.eos_id, its.prefix) == (tokenizer.special, tokenizer.eos_id, tokenizer.prefix)
-    assert its.chat_template == tokenizer.chat_template
+    assert (its.chat_template, its.stop_ids) == (tokenizer.chat_template, tokenizer.stop_ids)
     assert hash_weights(folders[kind] / "model.gguf") == hash_weights(folders[kind])
 
 
@@ -238,7 +238,9 @@ def test_sentencepiece_joins_the_best_score_first(tmp_path: Path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     for text in [text for text in random_pieces if not text.startswith(" ")]:
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
-    quiet = load_tokenizer(written(tmp_path / "u.gguf", **values, eos_token_id=2, add_space_prefix=False))
+    ends = {"eos_token_id": 2, "eot_token_id": 7}
+    quiet = load_tokenizer(written(tmp_path / "u.gguf", **values, **ends, add_space_prefix=False))
+    assert quiet.stop_ids == {2, 7}
     assert quiet.encode("the") == [texts.index("the")]
     assert quiet.prefix == ()
 
