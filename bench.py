@@ -70,7 +70,7 @@ def medians(actions: dict[str, Callable[[], None]], device: torch.device, turns:
 
 
 def random_ids(model: GPT, rows: int, tokens: int) -> torch.Tensor:
-    return torch.randint(model.cfg.vocab_size, (rows, tokens), device=model.get_input_embeddings().weight.device)
+    return torch.randint(model.cfg.vocab_size, (rows, tokens), device=model.device)
 
 
 def decode(model: GPT, rows: int, cached: int, dtype: torch.dtype) -> Callable[[], None]:

@@ -887,6 +887,10 @@ class GPT(nn.Module):
     def new_cache(self, rows: int, dtype: torch.dtype | None, length: int) -> KVCache:
         return KVCache(self.cfg, rows, dtype, length)
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
 
@@ -1165,11 +1169,9 @@ def pad_rows(
     rows: Sequence[Sequence[int]], pad: int = 0, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, list[int]]:
     """Rows of different lengths -> (ids [B, longest], filled up on the right with `pad`; their lengths)."""
-    lengths = [len(row) for row in rows]
-    padded = torch.full((len(rows), max(lengths)), pad, dtype=torch.long)
-    for row, ids in enumerate(rows):
-        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return padded.to(device), lengths
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
+    return padded.to(device), [len(row) for row in rows]
 
 
 class _Request:
@@ -1197,16 +1199,15 @@ class _Request:
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """fp32 [B, V] for the token after each row. Only what the cache has not seen is fed to the model."""
         cached = self.cache.lengths if self.cache is not None else [0] * len(rows)
-        device = self.model.get_input_embeddings().weight.device
-        tokens, lengths = pad_rows([row[start:] for row, start in zip(rows, cached, strict=True)], device=device)
-        training = self.model.training
-        if training:  # for this forward alone: between two tokens the caller may use the model
+        new = [row[start:] for row, start in zip(rows, cached, strict=True)]
+        tokens, lengths = pad_rows(new, device=self.model.device)
+        if training := self.model.training:  # for this forward alone: between two tokens the caller may use the model
             self.model.eval()
         try:
             # Dynamic scaling depends on the context, not on how long this batch gets: a row's text is independent of
             # the other rows and of max_new_tokens.
-            length = self.model.cfg.context
-            out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=self._mask(), length=length)
+            mask, length = self._mask(), self.model.cfg.context
+            out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=mask, length=length)
         finally:
             if training:
                 self.model.train()
@@ -1219,12 +1220,11 @@ class _Request:
 
     def _mask(self) -> Tensor | MaskRule | None:
         """The caller's mask, for the rows that are still there."""
-        if self.attn_mask is None:
-            return None
         if callable(self.attn_mask):
             prompts = torch.tensor(self.prompt_of_row)
             return lambda row, query, key: self.attn_mask(prompts.to(row.device)[row], query, key)
-        return self.attn_mask if len(self.attn_mask) == 1 else self.attn_mask[self.prompt_of_row]
+        alike = self.attn_mask is None or len(self.attn_mask) == 1
+        return self.attn_mask if alike else self.attn_mask[self.prompt_of_row]
 
     def select(self, rows: Sequence[int]) -> None:
         self.prompt_of_row = [self.prompt_of_row[row] for row in rows]

@@ -4,8 +4,9 @@
     generate(model, prompts, ...)            everything in model.py that generates takes it in place of a GPT
 
 On CUDA a step of one token a row is a CUDA graph: a cache of fixed shapes, positions on the device, no Python between
-kernels. The kernels are ours (kernels.py) where the layers are those of published models and Triton is there. The plain
-model remains the slow twin: same ids, logits equal but for the order of sums.
+kernels. The kernels are ours (kernels.py) where the layers are those of published models and Triton is there. On a CPU
+a step of a few tokens is one call of compiled code (cpu_kernels.py), which also reads weights in 8 and 4 bits. The
+plain model remains the slow twin: same ids, logits equal but for the order of sums.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, Block, Context, KVCache, Output, attend, cast_saturating, rotate
+from nanoqwen import cpu_kernels
 
 SMALLEST_CAPACITY = 256  # slots of a graph
 MOST_GRAPHS = 8  # kept: each holds a cache, and a few megabytes
@@ -157,7 +159,7 @@ class Graph:
 
     def __init__(self, model: FastGPT, batch: int, capacity: int, dtype: torch.dtype):
         self.batch, self.capacity, self.dtype, cfg = batch, capacity, dtype, model.cfg
-        device = model.get_input_embeddings().weight.device
+        device = model.device
         self.owner: Callable[[], FastCache | None] = lambda: None
         self.expected: list[int] | None = None  # lengths of the rows when the graph runs next
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -241,7 +243,7 @@ class FastGPT:
     training = False
 
     def __init__(self, model: GPT):
-        self.model, self.cfg = model.eval(), model.cfg
+        self.model, self.cfg, self.device = model.eval(), model.cfg, model.device
         self.blocks = [FastBlock(block) for block in model.model.layers]
         self.graphs: list[Graph] = []
         scaling = model.cfg.rope_scaling  # a dynamic one turns keys by another angle in each step
@@ -311,6 +313,38 @@ class FastGPT:
         return self.model.logits(self.model.model.norm(x))
 
 
-def fast(model: GPT) -> FastGPT | GPT:
-    """The twin of a dense model; a routed one as it is."""
+class CPUFastGPT:
+    """A GPT whose steps of a few tokens are calls of compiled code. It shares the model's weights."""
+
+    training = False
+
+    def __init__(self, model: GPT):
+        self.model, self.cfg, self.device = model.eval(), model.cfg, model.device
+        self.decoder = cpu_kernels.Decoder(model)
+        self.new_cache = model.new_cache
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: Tensor,
+        *,
+        cache: KVCache | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        attn_mask: Any = None,
+        length: int | None = None,
+    ) -> Output:
+        """As GPT.forward without targets."""
+        counts = [int(count) for count in lengths] if lengths is not None else [tokens.shape[1]] * len(tokens)
+        few = cache is not None and min(cache.lengths) and min(counts) and sum(counts) <= cpu_kernels.MOST_TOKENS
+        if not few or attn_mask is not None or cache._keys[0].dtype == torch.float16:
+            return self.model(tokens, cache=cache, lengths=lengths, attn_mask=attn_mask, length=length)
+        logits = self.decoder(tokens, counts, cache)
+        cache.advance(counts)
+        return Output(None, logits, None, None, {}, {})
+
+
+def fast(model: GPT) -> FastGPT | CPUFastGPT | GPT:
+    """The twin of a dense model, where there is one for it and this machine; else the model itself."""
+    if model.device.type == "cpu":
+        return CPUFastGPT(model) if cpu_kernels.fits(model) and cpu_kernels.library() else model
     return model if len(model.routers) else FastGPT(model)

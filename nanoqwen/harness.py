@@ -60,7 +60,7 @@ class HarnessLM:
         self.length = model.cfg.max_position_embeddings  # as the hf backend: without the extension by RoPE scaling
         bos = tokenizer.named_bos
         self.prefix = tokenizer.eos_id if bos is None else bos  # the token before a text
-        self.device = model.get_input_embeddings().weight.device
+        self.device = model.device
         self.cut = 0  # requests that lost their beginning
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -896,7 +896,7 @@ def layers_per_token(model: GPT, ids: Sequence[int]) -> list[int]:
     """How many routed layers compute each token of a text, selected as at inference: for a picture of it."""
     was_training = model.training
     model.eval()
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     stats = model(torch.tensor([list(ids)], device=device), length=model.cfg.context).stats
     model.train(was_training)
     return layers_used(stats)[0].tolist()
