@@ -8,6 +8,9 @@
 // computes it: the logits of a row do not depend on the other rows. cpu_kernels.py compiles this file and calls `step`.
 
 #include <omp.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -141,47 +144,78 @@ struct BFloat16 {
 struct Int8 {
     typedef int8_t Stored;
     static Floats decode(const int8_t* from) {
+#if defined(__AVX512F__)  // GCC 12 would convert one by one
+        return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+        return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
         return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+#endif
     }
 };
 
 // sums[r][m] of ROWS rows of a matrix and M tokens
 template <class W, int ROWS, int M>
 static inline void multiply(const Linear& w, int64_t first, const float* x, int64_t width, Floats (&sums)[ROWS][M]) {
-    const auto* rows = static_cast<const typename W::Stored*>(w.weight) + first * w.inputs;
+    typedef typename W::Stored Stored;
+    constexpr int LINE = std::max<int>(LANES, 64 / sizeof(Stored));  // weights of a line of the caches
+    const auto* rows = static_cast<const Stored*>(w.weight) + first * w.inputs;
     int64_t k = 0;
-    for (; k + LANES <= w.inputs; k += LANES)
+    for (; k + LINE <= w.inputs; k += LINE)
         for (int r = 0; r < ROWS; r++) {
-            __builtin_prefetch(rows + (r + ROWS) * w.inputs + k);  // the rows that come next
-            const Floats weight = W::decode(rows + r * w.inputs + k);
-            for (int m = 0; m < M; m++) sums[r][m] += weight * load<Floats>(x + m * width + k);
+            const Stored* from = rows + r * w.inputs + k;
+            __builtin_prefetch(from + ROWS * w.inputs);  // the rows that come next
+            for (int i = 0; i < LINE; i += LANES) {
+                const Floats weight = W::decode(from + i);
+                for (int m = 0; m < M; m++) sums[r][m] += weight * load<Floats>(x + m * width + k + i);
+            }
         }
-    if (k == w.inputs) return;
-    for (int r = 0; r < ROWS; r++) {  // x has zeros behind its end
-        typename W::Stored rest[LANES] = {};
-        std::memcpy(rest, rows + r * w.inputs + k, (w.inputs - k) * sizeof rest[0]);
-        for (int m = 0; m < M; m++) sums[r][m] += W::decode(rest) * load<Floats>(x + m * width + k);
-    }
+    for (; k < w.inputs; k += LANES)
+        for (int r = 0; r < ROWS; r++) {  // x has zeros behind its end
+            Stored rest[LANES] = {};
+            std::memcpy(rest, rows + r * w.inputs + k, std::min<int64_t>(LANES, w.inputs - k) * sizeof(Stored));
+            for (int m = 0; m < M; m++) sums[r][m] += W::decode(rest) * load<Floats>(x + m * width + k);
+        }
 }
 
-struct Int4;
+struct Int4 {
+    // The 16 values of a group, or what makes them.
+    struct Grid {
+        Floats step, offset;
+        Grid(uint16_t s, uint16_t o) : step(broadcast(widen(s))), offset(broadcast(widen(o))) {
+#ifdef __AVX512F__
+            const Floats codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            step = codes * step + offset;
+#endif
+        }
+        Floats decode(Bits codes) const {  // in the low 4 bits
+#ifdef __AVX512F__  // which looks 16 values up, and at those bits alone
+            return (Floats)_mm512_permutexvar_ps((__m512i)codes, (__m512)step);
+#else
+            return __builtin_convertvector((Ints)(codes & 15), Floats) * step + offset;
+#endif
+        }
+    };
+};
 
 template <int ROWS, int M>
 static inline void multiply_int4(const Linear& w, int64_t first, const float* x, int64_t width, Floats (&sums)[ROWS][M]) {
     const int64_t blocks = (w.inputs + BLOCK - 1) / BLOCK, groups = blocks * (BLOCK / GROUP);
     const auto* rows = static_cast<const int32_t*>(w.weight) + first * blocks * LANES;
+    constexpr int PER_GROUP = GROUP / LANES;  // vectors
     for (int64_t block = 0; block < blocks; block++)
         for (int r = 0; r < ROWS; r++) {
             const int32_t* from = rows + (r * blocks + block) * LANES;
             __builtin_prefetch(from + ROWS * blocks * LANES);
             const Bits nibbles = load<Bits>(from);
             const int64_t group = (first + r) * groups + block * (BLOCK / GROUP);
-            for (int j = 0; j < NIBBLES; j++) {
-                const Ints code = (Ints)((nibbles >> (4 * j)) & 15);
-                const int64_t g = group + j * LANES / GROUP;
-                const Floats weight = __builtin_convertvector(code, Floats) * widen(w.steps[g]) + widen(w.offsets[g]);
-                for (int m = 0; m < M; m++)
-                    sums[r][m] += weight * load<Floats>(x + m * width + block * BLOCK + j * LANES);
+            for (int g = 0; g < BLOCK / GROUP; g++) {
+                const Int4::Grid grid(w.steps[group + g], w.offsets[group + g]);
+                for (int j = g * PER_GROUP; j < (g + 1) * PER_GROUP; j++) {
+                    const Floats weight = grid.decode(nibbles >> (4 * j));
+                    for (int m = 0; m < M; m++)
+                        sums[r][m] += weight * load<Floats>(x + m * width + block * BLOCK + j * LANES);
+                }
             }
         }
 }
