@@ -101,13 +101,20 @@ static inline uint16_t narrow(float value) {  // to the nearest, ties to even
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static inline float sum(Floats v) {
-    float lanes[LANES];
-    std::memcpy(lanes, &v, sizeof v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+// By halves, in registers.
+template <int SIZE, class V>
+static inline float sum_of(V v) {
+    if constexpr (SIZE == 1) {
+        return v[0];
+    } else {
+        typedef float Half __attribute__((vector_size(2 * SIZE)));
+        Half halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        return sum_of<SIZE / 2>(halves[0] + halves[1]);
+    }
 }
+
+static inline float sum(Floats v) { return sum_of<LANES>(v); }
 
 // e^x within 2 units in the last place: 2^n by the exponent's bits, the rest by Taylor's polynomial on |r| <= ln 2 / 2.
 static inline Floats exponential(Floats x) {
