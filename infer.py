@@ -20,10 +20,12 @@ import torch
 from model import RequestError, Sampling, generate, stream
 from nanoqwen.chat import render_chat
 from nanoqwen.config import Config, check, load_config
+from nanoqwen.cpu_kernels import lanes
 from nanoqwen.distributed import pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, escape_terminal, run_script, say
-from nanoqwen.fast import fast
+from nanoqwen.fast import CPUFastGPT, fast
 from nanoqwen.manifest import checkpoints
+from nanoqwen.quantize import quantize_model
 from nanoqwen.routing import layers_per_token
 from nanoqwen.tokenizer import StreamDecoder, Tokenizer, pieces_of
 from nanoqwen.weights import CheckpointError, load_model
@@ -81,6 +83,9 @@ class Session:
         check(cfg)
         self.cfg, self.infer = cfg, cfg.infer
         device = pick_device(cfg.run.device)
+        rounded = self.infer.weights != "auto"
+        if rounded and device.type != "cpu":
+            raise ConfigError(f"infer.weights: expected auto on {device.type}: {self.infer.weights} is for CPUs")
         dtype, reason = pick_dtype(cfg.run.dtype, device)
         source = self.infer.ckpt or newest_run()
         started = time.perf_counter()
@@ -89,8 +94,13 @@ class Session:
             raise CheckpointError(f"{source}: no tokenizer.json in the folder")
         self.tokenizer: Tokenizer = tokenizer
         name = str(dtype).removeprefix("torch.")
-        self.decoder = fast(self.model) if device.type == "cuda" else self.model
         size = sum(p.numel() for p in self.model.parameters())
+        if rounded:
+            name = f"{name} with weights in {self.infer.weights}"
+            quantize_model(self.model, self.infer.weights, lanes())
+        self.decoder = fast(self.model)
+        if rounded and not isinstance(self.decoder, CPUFastGPT):
+            name += ", slow without compiled code"  # no compiler, or layers that it does not know
         say(f"{source}: {size / 1e6:.1f} M parameters on {device} in {name} ({reason}), "
             f"loaded in {time.perf_counter() - started:.1f} s")  # fmt: skip
         vocab = self.model.cfg.vocab_size

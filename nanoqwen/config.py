@@ -273,6 +273,7 @@ class InferConfig(SamplingOptions):
     thinking: bool = True
     num_samples: Size = 1
     stream: bool = True
+    weights: Literal["auto", "int8", "int4"] = "auto"
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     allow_special: bool = False
     allow_mismatch: bool = False
@@ -301,6 +302,7 @@ class EvalConfig:
     chat: bool
     batch_tokens: Size
     base: str | None
+    weights: Literal["auto", "int8", "int4"]
     answer_tokens: Size
     output: str | None
 

@@ -169,7 +169,7 @@ class Decoder:
         return self.buffers[name].data_ptr()
 
     def __call__(self, tokens: Tensor, counts: Sequence[int], cache: KVCache, every: bool = False) -> Tensor:
-        """fp32 logits [B, 1, V] behind the last of each row's tokens [B, T]; with `every` [tokens, V] of all of them."""
+        """fp32 logits [B, 1, V] behind the last of each row's tokens [B, T]; with `every` [tokens, V] behind all."""
         cfg, rows, total = self.cfg, len(counts), sum(counts)
         slots = [old + i for old, new in zip(cache.lengths, counts, strict=True) for i in range(new)]
         cache.reserve(max(slots) + 1)

@@ -236,10 +236,9 @@ static inline void some_rows(const Linear& w, int64_t row, const float* x, int64
         multiply<W, ROWS, M>(w, row, x + token * width, width, sums);
     for (int r = 0; r < ROWS; r++)
         for (int m = 0; m < M; m++) {
-            float y = sum(sums[r][m]);
-            if (w.scales) y *= w.scales[row + r];
-            if (w.bias) y += w.bias[row + r];
-            store(row + r, token + m, y);
+            // Written as an fma, lest the compiler make one for some numbers of tokens and not for others.
+            const float scale = w.scales ? w.scales[row + r] : 1.0f, bias = w.bias ? w.bias[row + r] : 0.0f;
+            store(row + r, token + m, std::fma(sum(sums[r][m]), scale, bias));
         }
 }
 

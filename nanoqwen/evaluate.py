@@ -24,6 +24,7 @@ from nanoqwen.config import Config
 from nanoqwen.distributed import World, all_reduce_sum, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError
 from nanoqwen.files import plain_json
+from nanoqwen.quantize import quantize_model
 from nanoqwen.routing import RoutingConfig, mean_stats, routing_mode
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import CheckpointError, is_adapter, load_model, resolve
@@ -125,13 +126,17 @@ def load_for_eval(cfg: Config) -> LoadedModel:
     folder = source_folder(cfg)
     device = pick_device(cfg.run.device)
     dtype, _ = pick_dtype(cfg.run.dtype, device)
-    options = {"dtype": torch.float32, "merge": False} if is_adapter(folder) else {}
+    rounded = cfg.eval.weights != "auto"
+    options = {"dtype": torch.float32, "merge": rounded} if is_adapter(folder) else {}
     model, tokenizer = load_model(folder, device, **options)
     if tokenizer is None:
         raise ConfigError(f"eval.ckpt: expected a model with a tokenizer, {folder} has none")
     single = dtype == torch.float32
     autocast = nullcontext() if single else torch.autocast(device.type, dtype)
-    return LoadedModel(folder, model.float() if single else model, tokenizer, device, dtype, autocast)
+    model = model.float() if single else model
+    if rounded:
+        quantize_model(model, cfg.eval.weights)
+    return LoadedModel(folder, model, tokenizer, device, dtype, autocast)
 
 
 def source_folder(cfg: Config) -> Path:

@@ -344,7 +344,7 @@ class CPUFastGPT:
 
 
 def fast(model: GPT) -> FastGPT | CPUFastGPT | GPT:
-    """The twin of a dense model, where there is one for it and this machine; else the model itself."""
-    if model.device.type == "cpu":
-        return CPUFastGPT(model) if cpu_kernels.fits(model) and cpu_kernels.library() else model
-    return model if len(model.routers) else FastGPT(model)
+    """The twin of a model, where there is one for it and its device; else the model itself."""
+    if model.device.type == "cuda" and not len(model.routers):
+        return FastGPT(model)
+    return CPUFastGPT(model) if cpu_kernels.fits(model) and cpu_kernels.library() else model

@@ -56,7 +56,7 @@ class Int8(Quantized):
         super().__init__(weight.shape, weight.dtype)
         largest = weight.abs().amax(1, keepdim=True).float()
         scales = torch.where(largest > 0, largest / 127, 1.0)
-        codes = torch.empty(weight.shape, dtype=torch.int8)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         for start in range(0, len(weight), ROWS):
             part = slice(start, start + ROWS)
             codes[part] = (weight[part].float() / scales[part]).round()
@@ -75,19 +75,19 @@ class Int4(Quantized):
         self.lanes, self.block = lanes, lanes * NIBBLES
         outputs, inputs = weight.shape
         blocks = -(-inputs // self.block)
-        self.register_buffer("codes", torch.empty(outputs, blocks, lanes, dtype=torch.int32))
+        self.register_buffer("codes", torch.empty(outputs, blocks, lanes, dtype=torch.int32, device=weight.device))
         shape = (outputs, blocks * self.block // GROUP)
-        self.register_buffer("steps", torch.empty(shape, dtype=torch.bfloat16))
-        self.register_buffer("offsets", torch.empty(shape, dtype=torch.bfloat16))
+        self.register_buffer("steps", torch.empty(shape, dtype=torch.bfloat16, device=weight.device))
+        self.register_buffer("offsets", torch.empty(shape, dtype=torch.bfloat16, device=weight.device))
         for start in range(0, outputs, ROWS):
             part = slice(start, start + ROWS)
             padded = F.pad(weight[part].float(), (0, blocks * self.block - inputs))
             codes, self.steps[part], self.offsets[part] = fit_groups(padded)
-            shifts = 4 * torch.arange(NIBBLES, dtype=torch.int32)[:, None]
+            shifts = 4 * torch.arange(NIBBLES, dtype=torch.int32, device=self.codes.device)[:, None]
             self.codes[part] = (codes.view(-1, blocks, NIBBLES, lanes) << shifts).sum(2, dtype=torch.int32)
 
     def rows(self, start: int, end: int) -> Tensor:
-        shifts = 4 * torch.arange(NIBBLES, dtype=torch.int32)[:, None]
+        shifts = 4 * torch.arange(NIBBLES, dtype=torch.int32, device=self.codes.device)[:, None]
         codes = (self.codes[start:end, :, None] >> shifts & 15).flatten(1)
         grouped = codes.unflatten(1, (-1, GROUP)) * self.steps[start:end, :, None].float()
         return (grouped + self.offsets[start:end, :, None].float()).flatten(1)[:, : self.shape[1]]

@@ -28,7 +28,7 @@ from model import (
     sample,
     stream,
 )
-from nanoqwen.fast import FastGPT, fast
+from nanoqwen.fast import FastGPT
 
 VOCAB = tiny.SHAPE["vocab_size"]
 
@@ -48,11 +48,7 @@ class Markov(nn.Module):
         super().__init__()
         vocab = len(table)
         self.cfg = ModelConfig(vocab, 8, 8, 1, 1, 1, max_position_embeddings=context)
-        self.embedding = nn.Embedding(vocab, 1)
-        self.table = table
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embedding
+        self.table, self.device = table, table.device
 
     def new_cache(self, rows: int, dtype: torch.dtype | None, length: int) -> KVCache:
         return KVCache(self.cfg, rows, dtype, length)
@@ -735,7 +731,7 @@ def test_public_names_are_documented():
 @pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
 def test_the_fast_twin_writes_the_same_text(name: str):
     """Greedy, sampled and by beams; rows of several lengths, one of which ends early. On CUDA: tests/test_gpu.py."""
-    plain, twin = tiny.model(name), fast(tiny.model(name))
+    plain, twin = tiny.model(name), FastGPT(tiny.model(name))
     prompts = [[1, 2, 3], [4, 5], [7, 8, 9, 10, 11]]
     ends = generate(plain, prompts, max_new_tokens=6, temperature=0.0)[0][-1]
     for options in (
@@ -757,7 +753,7 @@ def written_out(step):
 def captured(monkeypatch: pytest.MonkeyPatch, name: str = "qwen2") -> FastGPT:
     monkeypatch.setattr("nanoqwen.fast.capture", written_out)
     monkeypatch.setattr("nanoqwen.fast.SMALLEST_CAPACITY", 8)
-    twin = fast(tiny.model(name))
+    twin = FastGPT(tiny.model(name))
     twin.static = True
     return twin
 
@@ -794,7 +790,7 @@ def test_a_captured_step_belongs_to_one_request_at_a_time(monkeypatch: pytest.Mo
 def test_the_fast_twin_shares_the_weights():
     model = tiny.model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    twin = fast(model)
+    twin = FastGPT(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     fused = twin.blocks[0].qkv.weight.untyped_storage().data_ptr()
     assert model.model.layers[0].self_attn.v_proj.weight.untyped_storage().data_ptr() == fused

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from model import GPT
-from nanoqwen.fast import FastGPT, fast, kernels_for
+from nanoqwen.fast import FastGPT, kernels_for
 
 os.environ.setdefault("TRITON_INTERPRET", "1" if not torch.cuda.is_available() else "0")
 pytest.importorskip("triton")
@@ -32,7 +32,7 @@ def test_a_step_is_that_of_the_model(name: str, counts: list[int], monkeypatch: 
     monkeypatch.setattr("nanoqwen.fast.capture", lambda step: (lambda: result.copy_(step()), result := step()))
     monkeypatch.setattr("nanoqwen.fast.SMALLEST_CAPACITY", 8)
     monkeypatch.setattr(kernels, "keys_per_program", lambda capacity: 4)
-    plain, twin = (make(tiny.model(name, num_hidden_layers=2)) for make in (lambda model: model, fast))
+    plain, twin = (make(tiny.model(name, num_hidden_layers=2)) for make in (lambda model: model, FastGPT))
     twin.static = True
     assert kernels_for(twin, len(counts)) is kernels
     steps = list(torch.randint(97, (len(counts), 2), generator=torch.Generator().manual_seed(1)).split(1, dim=1))
