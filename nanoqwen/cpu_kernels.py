@@ -78,7 +78,7 @@ def lanes() -> int:
 
 class Linear(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("weight", "scales", "steps", "offsets", "bias")),
+        *((name, c_void_p) for name in ("weight", "scales", "grids", "bias")),
         *((name, c_int64) for name in ("outputs", "inputs", "format")),
     ]
 
@@ -146,12 +146,10 @@ class Decoder:
         bias = getattr(layer, "bias", None)
         bias = self._address(bias.float()) if bias is not None else None
         if matrix is None:
-            outputs, inputs = layer.weight.shape
-            return Linear(
-                self._address(layer.weight), None, None, None, bias, outputs, inputs, FORMATS[layer.weight.dtype]
-            )
+            weight = layer.weight
+            return Linear(self._address(weight), None, None, bias, *weight.shape, FORMATS[weight.dtype])
         named = dict(matrix.named_buffers())
-        addresses = [self._address(named[name]) if name in named else None for name in ("scales", "steps", "offsets")]
+        addresses = [self._address(named[name]) if name in named else None for name in ("scales", "grids")]
         return Linear(self._address(matrix.codes), *addresses, bias, *matrix.shape, FORMATS[matrix.codes.dtype])
 
     def _layer(self, block: nn.Module) -> Layer:

@@ -43,8 +43,7 @@ enum Format : int64_t { FLOAT32, BFLOAT16, INT8, INT4 };
 struct Linear {
     const void* weight;       // [outputs, inputs]; int4: [outputs, inputs / BLOCK, LANES] of 32 bits
     const float* scales;      // int8: [outputs]
-    const uint16_t* steps;    // int4: bf16 [outputs, groups]; a weight is step * nibble + offset
-    const uint16_t* offsets;
+    const uint32_t* grids;    // int4: [outputs, groups], two bf16 numbers; a weight is high * nibble + low
     const float* bias;        // or null
     int64_t outputs, inputs, format;
 };
@@ -189,7 +188,10 @@ struct Int4 {
     // The 16 values of a group, or what makes them.
     struct Grid {
         Floats step, offset;
-        Grid(uint16_t s, uint16_t o) : step(broadcast(widen(s))), offset(broadcast(widen(o))) {
+        explicit Grid(uint32_t pair) {
+            const Bits both = pair - Bits{};  // in each lane
+            step = (Floats)(both & 0xffff0000u);
+            offset = (Floats)(both << 16);
 #ifdef __AVX512F__
             const Floats codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
             step = codes * step + offset;
@@ -217,7 +219,7 @@ static inline void multiply_int4(const Linear& w, int64_t first, const float* x,
             const Bits nibbles = load<Bits>(from);
             const int64_t group = (first + r) * groups + block * (BLOCK / GROUP);
             for (int g = 0; g < BLOCK / GROUP; g++) {
-                const Int4::Grid grid(w.steps[group + g], w.offsets[group + g]);
+                const Int4::Grid grid(w.grids[group + g]);
                 for (int j = g * PER_GROUP; j < (g + 1) * PER_GROUP; j++) {
                     const Floats weight = grid.decode(nibbles >> (4 * j));
                     for (int m = 0; m < M; m++)
