@@ -134,11 +134,11 @@ def _pre_tokenizer(tokenizer: Tokenizer, vocab: dict[str, int], merges: list[str
     """llama.cpp's name for the split before BPE; an error where its ids would differ from ours."""
     merged = {merge.replace(" ", "") for merge in merges}
     longer = [text for text in vocab if len(text) > 1 and text not in tokenizer.special]
-    name = (
-        PRE_TOKENIZERS.get(tokenizer.engine.pattern) if longer else "gpt-2"
-    )  # without merges the split does not matter
+    name = PRE_TOKENIZERS.get(tokenizer.engine.pattern)
     unreachable = [text for text in longer if text not in merged] if name != TAKES_WHOLE_PIECES else []
-    if name is None:
+    if not merges:
+        reason = "llama.cpp opens no vocabulary without merges"
+    elif name is None:
         reason = f"its split pattern is none that llama.cpp has: {tokenizer.engine.pattern!r}"
     elif unreachable:
         reason = f"{len(unreachable)} tokens are made by no merge, among them {unreachable[0]!r}"
