@@ -136,7 +136,7 @@ def _pre_tokenizer(tokenizer: Tokenizer, vocab: dict[str, int], merges: list[str
     longer = [text for text in vocab if len(text) > 1 and text not in tokenizer.special]
     name = PRE_TOKENIZERS.get(tokenizer.engine.pattern)
     unreachable = [text for text in longer if text not in merged] if name != TAKES_WHOLE_PIECES else []
-    if not merges:
+    if not longer:
         reason = "llama.cpp opens no vocabulary without merges"
     elif name is None:
         reason = f"its split pattern is none that llama.cpp has: {tokenizer.engine.pattern!r}"
