@@ -43,7 +43,7 @@ enum Format : int64_t { FLOAT32, BFLOAT16, INT8, INT4 };
 struct Linear {
     const void* weight;       // [outputs, inputs]; int4: [outputs, inputs / BLOCK, LANES] of 32 bits
     const float* scales;      // int8: [outputs]
-    const uint32_t* grids;    // int4: [outputs, groups], two bf16 numbers; a weight is high * nibble + low
+    const uint32_t* grids;    // int4: [outputs, groups], two fp16 numbers; a weight is high * nibble + low
     const float* bias;        // or null
     int64_t outputs, inputs, format;
 };
@@ -91,6 +91,14 @@ static inline float widen(uint16_t half) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+// fp16: the exponent's bias is 15 there and 127 here; a product moves subnormal numbers, too.
+[[maybe_unused]] static inline float half_to_float(uint16_t half) {
+    const uint32_t bits = uint32_t(half & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return (half & 0x8000 ? -1.0f : 1.0f) * value * 0x1p112f;
 }
 
 static inline uint16_t narrow(float value) {  // to the nearest, ties to even
@@ -189,9 +197,18 @@ struct Int4 {
     struct Grid {
         Floats step, offset;
         explicit Grid(uint32_t pair) {
-            const Bits both = pair - Bits{};  // in each lane
-            step = (Floats)(both & 0xffff0000u);
-            offset = (Floats)(both << 16);
+#if defined(__AVX512F__)  // halves to floats: offset, step, offset, step ...
+            const __m512 both = _mm512_cvtph_ps(_mm256_set1_epi32(int(pair)));
+            step = (Floats)_mm512_movehdup_ps(both);
+            offset = (Floats)_mm512_moveldup_ps(both);
+#elif defined(__F16C__)
+            const __m256 both = _mm256_cvtph_ps(_mm_set1_epi32(int(pair)));
+            step = (Floats)_mm256_movehdup_ps(both);
+            offset = (Floats)_mm256_moveldup_ps(both);
+#else
+            step = broadcast(half_to_float(uint16_t(pair >> 16)));
+            offset = broadcast(half_to_float(uint16_t(pair)));
+#endif
 #ifdef __AVX512F__
             const Floats codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
             step = codes * step + offset;

@@ -21,6 +21,7 @@ Kind = Literal["int8", "int4"]
 GROUP = 32  # int4: inputs that share a step and an offset
 NIBBLES = 8  # in 32 bits
 ROWS = 4096  # widened at a time
+LARGEST = torch.finfo(torch.float16).max
 SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range: to cut off its ends may be the smaller error
 
 
@@ -76,7 +77,7 @@ class Int4(Quantized):
         outputs, inputs = weight.shape
         blocks = -(-inputs // self.block)
         self.register_buffer("codes", torch.empty(outputs, blocks, lanes, dtype=torch.int32, device=weight.device))
-        # Two bf16 numbers for each group, (offset, step) in the order of memory: one load for both.
+        # Two fp16 numbers for each group, (offset, step) in the order of memory: one load for both.
         groups = blocks * self.block // GROUP
         self.register_buffer("grids", torch.empty(outputs, groups, dtype=torch.int32, device=weight.device))
         for start in range(0, outputs, ROWS):
@@ -91,13 +92,13 @@ class Int4(Quantized):
 
     def rows(self, start: int, end: int) -> Tensor:
         codes = (self.codes[start:end, :, None] >> self._shifts() & 15).flatten(1)
-        offsets, steps = self.grids[start:end, :, None].view(torch.bfloat16).float().unbind(-1)
+        offsets, steps = self.grids[start:end, :, None].view(torch.float16).float().unbind(-1)
         grouped = codes.unflatten(1, (-1, GROUP)) * steps[..., None] + offsets[..., None]
         return grouped.flatten(1)[:, : self.shape[1]]
 
 
 def fit_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes [outputs, inputs] of 0 to 15, bf16 steps, bf16 offsets [outputs, groups]) with the least squared error.
+    """(codes [outputs, inputs] of 0 to 15, fp16 steps, fp16 offsets [outputs, groups]) with the least squared error.
 
     Tried are the range of a group and parts of it; of each the grid is then fitted to the codes by least squares.
     """
@@ -121,13 +122,13 @@ def fit_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _least_squares(codes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 (step, offset) that bring step * codes + offset nearest to the values of each group."""
+    """fp16 (step, offset) that bring step * codes + offset nearest to the values of each group."""
     mean_code, mean = codes.mean(-1, keepdim=True), values.mean(-1, keepdim=True)
     centred = codes - mean_code
     spread = centred.square().sum(-1, keepdim=True)
     step = (centred * values).sum(-1, keepdim=True) / spread.clamp(min=1e-12)
-    step = step.bfloat16()
-    return step, (mean - step.float() * mean_code).bfloat16()
+    step = step.clamp(max=LARGEST).half()
+    return step, (mean - step.float() * mean_code).clamp(-LARGEST, LARGEST).half()
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
