@@ -421,8 +421,8 @@ extern "C" void step(const Model* model_pointer, const Step* step_pointer) {
             }
         };
         const auto rows_at_once = [&](int64_t outputs) {
-            const int64_t share = outputs / (4 * s.threads) / 4 * 4;
-            return std::max<int64_t>(4, std::min<int64_t>(CHUNK_ROWS, share));
+            const int64_t share = outputs / (4 * s.threads) / LANES * LANES;  // lest `activate` ends elsewhere
+            return std::max<int64_t>(LANES, std::min<int64_t>(CHUNK_ROWS, share));
         };
         const auto project = [&](const Linear& w, const float* x, auto store) {
             each(w.outputs, rows_at_once(w.outputs), [&](int64_t begin, int64_t end) {
