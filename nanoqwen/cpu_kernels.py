@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT, KVCache, grow
+from nanoqwen.errors import say
 from nanoqwen.quantize import Quantized
 
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
@@ -59,6 +60,7 @@ def library() -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as build:
                 made = Path(build) / file.name
+                say(f"compiling {SOURCE.name} for this CPU, once: some 5 s")
                 subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
                 made.replace(file)
         loaded = ctypes.CDLL(str(file))
