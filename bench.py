@@ -32,17 +32,17 @@ from typing import Any
 import torch
 
 from data import Batch, ChatBatches, micro_batches
-from model import GPT, IGNORE, KVCache, flops_per_token
+from model import GPT, IGNORE, KVCache
 from nanoqwen import plan
 from nanoqwen.chat import Example, prepare_chat
 from nanoqwen.config import Config, DataConfig, check, load_config
 from nanoqwen.corpus import Reader, open_corpus, prepare, tokenise
 from nanoqwen.distributed import World, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, run_script
+from nanoqwen.flops import dense_flops_per_token, flops_per_token
 from nanoqwen.lora import apply_lora
 from nanoqwen.optim import Optimizers, parameter_groups
 from nanoqwen.routing import RoutingConfig, build_model, penalty_weights, routing_mode
-from nanoqwen.routing import flops_per_token as routed_flops
 from nanoqwen.tokenizer import Tiktoken, Tokenizer
 from nanoqwen.weights import export, load_model
 from train import LanguageModeling, train_step
@@ -146,7 +146,7 @@ def speed(argv: list[str]) -> None:
         "decode_far_over_near": seconds["decode, long"] / seconds["decode, short"],
         "recompute_over_decode": NEW_TOKENS * seconds["prefill"] / seconds["decode, long"],
         "train_tokens_per_s": train_rate,
-        "train_gflop_per_s": train_rate * flops_per_token(cfg.model, cfg.train.seq_len) / 1e9,
+        "train_gflop_per_s": train_rate * dense_flops_per_token(cfg.model, cfg.train.seq_len) / 1e9,
     }
     print(f"{device}, {str(dtype).removeprefix('torch.')} ({reason}); {length} cached tokens, medians of {TURNS} turns")
     for name, value in result.items():
@@ -354,7 +354,7 @@ def routing_rows(
             "prefill_tokens_per_s": length / seconds[name, "prefill"],
             "decode_tokens_per_s": NEW_TOKENS / seconds[name, "decode"],
             "decode_tokens_per_s_batch_8": 8 * NEW_TOKENS / seconds[name, "decode, batch 8"],
-            "flops_per_token": routed_flops(shape, variant, length),
+            "flops_per_token": flops_per_token(shape, variant, length),
         })  # fmt: skip
     return rows
 
@@ -363,7 +363,7 @@ def routing_rows(
 def calibrate_on_noise(model: GPT, length: int) -> None:
     """Set causal thresholds on random tokens, so that random weights compute as many tokens as the capacity says."""
     with routing_mode(model, "calibrate"):
-        model(random_ids(model, 1, length), length=length + NEW_TOKENS)
+        model(random_ids(model, 1, length))
 
 
 @torch.no_grad()

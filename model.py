@@ -1,7 +1,7 @@
 """The decoder: a Qwen2.5-shaped transformer with its cache, its loss and its ways of choosing tokens, in one file.
 
 Read it from top to bottom: configuration, rotary tables, the KV cache, masks, the layers, the model, initialisation,
-then generation (filters, sampling, beams) and the count of floating-point operations.
+then generation: filters, sampling, beams.
 
 Letters in the shapes that comments and signatures give:
     B rows of a batch      T tokens of this call      S keys seen by it (cached and new)
@@ -242,7 +242,7 @@ def _yarn_magnitude(scaling: RopeScaling) -> float:
 
 
 def rope_frequencies(cfg: ModelConfig, length: int) -> tuple[Tensor, float]:
-    """([D/2] radians per position in fp64, factor on cos and sin) for a request of `length` positions."""
+    """([D/2] radians per position in fp64, factor on cos and sin); `length` of the row matters to dynamic scaling."""
     pairs = torch.arange(0, cfg.head_size, 2, dtype=torch.float64) / cfg.head_size
     plain = cfg.rope_theta**-pairs
     scaling = cfg.rope_scaling
@@ -263,11 +263,28 @@ def rope_frequencies(cfg: ModelConfig, length: int) -> tuple[Tensor, float]:
     return (1 - keep) * plain / scaling.factor + keep * plain, 1.0
 
 
-def rope_tables(cfg: ModelConfig, positions: int, length: int) -> tuple[Tensor, Tensor]:
+def rope_tables(cfg: ModelConfig, positions: int, length: int = 1) -> tuple[Tensor, Tensor]:
     """cos and sin, each [positions, D/2] in fp32. The angles are fp64: in fp32 position 131,071 is off by 0.004 rad."""
     frequencies, magnitude = rope_frequencies(cfg, length)
     angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
     return (angles.cos() * magnitude).float(), (angles.sin() * magnitude).float()
+
+
+def dynamic_rotation(cfg: ModelConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [B, T, D/2], of positions [B|1, T] in rows that have `lengths` [B, T] tokens so far."""
+    distinct, index = lengths.cpu().unique(return_inverse=True)
+    frequencies = torch.stack([rope_frequencies(cfg, length)[0] for length in distinct.tolist()])
+    angles = positions.cpu().double()[..., None] * frequencies[index]  # on the CPU: Apple GPUs have no fp64
+    return angles.cos().float().to(positions.device), angles.sin().float().to(positions.device)
+
+
+def _lengths_so_far(positions: Tensor, counts: Sequence[int], documents: Tensor | None) -> Tensor:
+    """[B, T]: the tokens that each token's row, or document, has once this call's `counts` real ones are in it."""
+    ends = torch.tensor(counts, device=positions.device)[:, None]
+    real = torch.arange(positions.shape[1], device=positions.device) < ends
+    run = torch.zeros_like(real, dtype=torch.long) if documents is None else _document_runs(documents)[0]
+    longest = run.new_zeros(len(run), positions.shape[1] + 1)
+    return longest.scatter_reduce(1, run, torch.where(real, positions + 1, 1), "amax").gather(1, run)
 
 
 class Rope:
@@ -278,15 +295,13 @@ class Rope:
         self._made_for: tuple = ()
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def tables(self, cfg: ModelConfig, positions: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [>= positions, D/2] for a request that will be `length` positions long."""
-        dynamic = cfg.rope_scaling is not None and cfg.rope_scaling.rope_type == "dynamic"
-        stretched = max(length, cfg.original_context) if dynamic else 0  # the only rule that looks at the request
-        made_for = (cfg.rope_theta, cfg.rope_scaling, cfg.head_size, cfg.original_context, stretched, device)
+    def tables(self, cfg: ModelConfig, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [>= positions, D/2]; of dynamic scaling, those of rows within the original context."""
+        made_for = (cfg.rope_theta, cfg.rope_scaling, cfg.head_size, cfg.original_context, device)
         size = len(self._tables[0]) if self._tables else 0
         if made_for != self._made_for or positions > size:
             size = max(size, 1 << (positions - 1).bit_length())
-            cos, sin = rope_tables(cfg, size, length)  # on the CPU: Apple GPUs have no fp64
+            cos, sin = rope_tables(cfg, size)  # on the CPU: Apple GPUs have no fp64
             self._tables = cos.to(device), sin.to(device)
             self._made_for = made_for
             self.builds += 1
@@ -832,7 +847,6 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         attn_mask: Tensor | MaskRule | None = None,
         allow_future: bool = False,
-        length: int | None = None,
         at: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Output:
@@ -842,7 +856,6 @@ class GPT(nn.Module):
         documents  [B, T] ids; tokens of different documents do not see each other, positions restart
         attn_mask  which keys a query sees, by absolute position: bool or additive, (B, S), (B, 1, 1, S), (B, 1, S, S),
                    or a rule (row, query, key) -> bool. It restricts causality; with allow_future it replaces it
-        length     final length of the rows, which dynamic rotary scaling depends on; None: the cache's length, or T
         at         [N] indices of the flat targets [B * T] that are not -100, if known: no other logits are computed
         weights    [B, T] factors on each target's loss
         """
@@ -851,7 +864,7 @@ class GPT(nn.Module):
         counts = _counts(tokens, lengths)
         # Without `at` every token has a target: no host sync to find out.
         sparse = targets if at is not None else None
-        ctx = self._context(tokens, counts, cache, documents, attn_mask, allow_future, length, sparse)
+        ctx = self._context(tokens, counts, cache, documents, attn_mask, allow_future, sparse)
         x = self.model.embed_tokens(tokens)
         if self.cfg.positions == "learned":
             x = x + self.model.embed_positions(ctx.positions)
@@ -926,7 +939,6 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         attn_mask: Tensor | MaskRule | None = None,
         allow_future: bool = False,
-        length: int | None = None,
         targets: Tensor | None = None,
     ) -> Context:
         count = keys = tokens.shape[1]
@@ -943,9 +955,14 @@ class GPT(nn.Module):
         cos = sin = None
         reach = max(cached) + count  # padding included: it has positions too
         if self.cfg.positions == "rope":
-            positions_to_come = reach if cache is None else max(reach, cache.length)
-            cos, sin = self.rope.tables(self.cfg, positions_to_come, length or positions_to_come, tokens.device)
-            cos, sin = cos[positions][:, None], sin[positions][:, None]
+            if (scaling := self.cfg.rope_scaling) and scaling.rope_type == "dynamic":
+                # As transformers generates: keys stay in the cache as they were turned when the row was shorter.
+                so_far = _lengths_so_far(positions, counts, documents)
+                cos, sin = dynamic_rotation(self.cfg, positions, so_far)
+            else:
+                positions_to_come = reach if cache is None else max(reach, cache.length)
+                cos, sin = (table[positions] for table in self.rope.tables(self.cfg, positions_to_come, tokens.device))
+            cos, sin = cos[:, None], sin[:, None]
         elif longest > self.cfg.max_position_embeddings:
             table = self.cfg.max_position_embeddings
             raise ValueError(f"{longest} tokens in a row, but max_position_embeddings is {table}")
@@ -1204,10 +1221,7 @@ class _Request:
         if training := self.model.training:  # for this forward alone: between two tokens the caller may use the model
             self.model.eval()
         try:
-            # Dynamic scaling depends on the context, not on how long this batch gets: a row's text is independent of
-            # the other rows and of max_new_tokens.
-            mask, length = self._mask(), self.model.cfg.context
-            out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=mask, length=length)
+            out = self.model(tokens, cache=self.cache, lengths=lengths, attn_mask=self._mask())
         finally:
             if training:
                 self.model.train()
@@ -1469,32 +1483,3 @@ def _can_stop(beams: list[Beam], pool: list[Beam], sampling: Sampling, length: i
         return True
     reach = limit if sampling.early_stopping == "never" and sampling.length_penalty > 0 else length
     return beams[0].score / reach**sampling.length_penalty <= pool[-1].score
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def flops_per_token(
-    cfg: ModelConfig,
-    seq_len: int,
-    *,
-    causal: bool = True,
-    training: bool = True,
-    used: Sequence[float] | None = None,
-) -> float:
-    """Floating-point operations for one token of a row of `seq_len`: matrix products only, two a multiply-add.
-
-    causal    count the half of the attention scores that causality needs; False counts all seq_len x seq_len
-    training  forward and backward (three times the forward)
-    used      fraction of the tokens that each layer computes, and that they attend to; None: all
-    """
-    q_size, kv_size = cfg.num_attention_heads * cfg.head_size, cfg.num_key_value_heads * cfg.head_size
-    projections = cfg.hidden_size * (2 * q_size + 2 * kv_size)
-    mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.hidden_size * cfg.intermediate_size
-    layers = 0.0
-    for fraction in [1.0] * cfg.num_hidden_layers if used is None else used:
-        keys = fraction * seq_len
-        scores = 2 * q_size * ((keys + 1) / 2 if causal else keys)  # q k and p v
-        layers += fraction * (projections + mlp + scores)
-    forward = 2 * (layers + cfg.hidden_size * cfg.vocab_size)
-    return forward * (3 if training else 1)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import data
 from data import Batch, Batches, Micro, StreamBatches, micro_batches, token_bytes
 from model import GPT, IGNORE, Output, generate
-from nanoqwen import corpus, distributed, evaluate, optim, plan, routing, runfolder, weights
+from nanoqwen import corpus, distributed, evaluate, flops, optim, plan, routing, runfolder, weights
 from nanoqwen.config import Config, TrainConfig, check, check_context, dump, load_config
 from nanoqwen.distributed import Stop, World, all_reduce_sum, full_tensor
 from nanoqwen.errors import PREEMPTED, ConfigError, ResumeError, escape_terminal, exit_code_of, run_script, say
@@ -567,8 +567,8 @@ def make_trainer(
     rows = plan.micro_rows(cfg, model, loop, world, forward)
     plan.print_plan(cfg, model, loop, world, batches, rows, forward, reason, peak)
     tokens = loop.steps * loop.batch_tokens / world.size
-    flops = tokens * routing.flops_per_token(model.cfg, model.routing, loop.seq_len)
-    objective = distributed.compile_objective(objective, loop.compile, flops, loop.seq_len, device)
+    operations = tokens * flops.flops_per_token(model.cfg, model.routing, loop.seq_len)
+    objective = distributed.compile_objective(objective, loop.compile, operations, loop.seq_len, device)
     return Trainer(
         cfg=cfg,
         loop=loop,

@@ -182,7 +182,7 @@ class Decoder:
         )  # fmt: skip
         x = self.model.get_input_embeddings()(ids).float().contiguous()
         logits = torch.empty(len(wanted), self.structure.head.outputs)
-        cos, sin = self.model.rope.tables(cfg, cache.length, cache.length, x.device)
+        cos, sin = self.model.rope.tables(cfg, cache.length, x.device)
         keys, values = (self._cache(tensors, cache, rows) for tensors in (cache._keys, cache._values))
         threads, group = torch.get_num_threads(), cfg.num_attention_heads // cfg.num_key_value_heads
         own = total * (self.width + CHUNK_ROWS) + group * (-(-cache.capacity // 16) * 16) + cfg.head_size

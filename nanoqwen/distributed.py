@@ -140,7 +140,7 @@ def compile_objective(objective: nn.Module, mode: str, flops: float, seq_len: in
         say(f"not compiled: no working compiler ({reason:.200})")
         return objective
     model = objective.model  # whose rotary tables are made now: grown later, they would compile everything again
-    model.rope.tables(model.cfg, seq_len, seq_len, device)
+    model.rope.tables(model.cfg, seq_len, device)
     for block in model.model.layers:
         block.compile()
     model.loss_of_chunk = torch.compile(model.loss_of_chunk)

@@ -196,7 +196,7 @@ class Graph:
         x = model.embed(self.tokens, self.slots[:, None])
         cos = sin = None
         if model.cfg.positions == "rope":
-            tables = model.model.rope.tables(model.cfg, self.capacity, self.capacity, x.device)
+            tables = model.model.rope.tables(model.cfg, self.capacity, x.device)
             cos, sin = (table[self.slots][:, None, None] for table in tables)
         mask = torch.arange(self.capacity, device=x.device) <= self.slots[:, None, None, None]
         ctx = Context(self.slots[:, None], cos, sin, mask, None, None, None, self.capacity, [], [], None, None, {})
@@ -209,7 +209,7 @@ class Graph:
         cfg, linear = model.cfg, kernels.linear
         attention = kernels.Attention(self.batch, cfg, self.capacity, self.slots)
         x = model.embed(self.tokens, self.slots[:, None])[:, 0].float()
-        tables = model.model.rope.tables(cfg, self.capacity, self.capacity, x.device)
+        tables = model.model.rope.tables(cfg, self.capacity, x.device)
         for block, layer in zip(model.blocks, self.layers, strict=True):
             qkv = linear(x, block.qkv, norm=block.input_layernorm)
             y = attention(qkv, block.q_norm, block.k_norm, tables, layer.keys, layer.values)
@@ -263,17 +263,16 @@ class FastGPT:
         cache: KVCache | None = None,
         lengths: Sequence[int] | Tensor | None = None,
         attn_mask: Any = None,
-        length: int | None = None,
     ) -> Output:
         """As GPT.forward without targets."""
         if cache is None:
-            return self.model(tokens, lengths=lengths, attn_mask=attn_mask, length=length)
+            return self.model(tokens, lengths=lengths, attn_mask=attn_mask)
         counts = [int(count) for count in lengths] if lengths is not None else [tokens.shape[1]] * len(tokens)
         first = not max(cache.lengths)  # also a prompt of one token: there is nothing to continue
         if self.static and not first and tokens.shape[1] == min(counts) == 1 and attn_mask is None:
             logits = self._graphed(tokens, cache)
         else:
-            logits = self._eager(tokens, counts, cache, attn_mask, length)
+            logits = self._eager(tokens, counts, cache, attn_mask)
         cache.advance(counts)
         return Output(None, logits, None, None, {}, {})
 
@@ -297,8 +296,8 @@ class FastGPT:
         self.graphs.append(Graph(self, batch, capacity, dtype))
         return self.graphs[-1]
 
-    def _eager(self, tokens: Tensor, counts: list[int], cache: KVCache, attn_mask: Any, length: int | None) -> Tensor:
-        ctx = self.model._context(tokens, counts, cache, None, attn_mask, False, length)
+    def _eager(self, tokens: Tensor, counts: list[int], cache: KVCache, attn_mask: Any) -> Tensor:
+        ctx = self.model._context(tokens, counts, cache, None, attn_mask)
         x = self.embed(tokens, ctx.positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, ctx, lambda k, v, layer=layer: cache.write(layer, k, v, ctx.slots, ctx.keys))
@@ -331,13 +330,12 @@ class CPUFastGPT:
         cache: KVCache | None = None,
         lengths: Sequence[int] | Tensor | None = None,
         attn_mask: Any = None,
-        length: int | None = None,
     ) -> Output:
         """As GPT.forward without targets."""
         counts = [int(count) for count in lengths] if lengths is not None else [tokens.shape[1]] * len(tokens)
         few = cache is not None and min(cache.lengths) and min(counts) and sum(counts) <= cpu_kernels.MOST_TOKENS
         if not few or attn_mask is not None or cache._keys[0].dtype == torch.float16:
-            return self.model(tokens, cache=cache, lengths=lengths, attn_mask=attn_mask, length=length)
+            return self.model(tokens, cache=cache, lengths=lengths, attn_mask=attn_mask)
         logits = self.decoder(tokens, counts, cache)
         cache.advance(counts)
         return Output(None, logits, None, None, {}, {})

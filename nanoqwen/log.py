@@ -1,7 +1,7 @@
 """What a run reports on its way: metrics.jsonl, a bar or lines for the person, wandb, and its speed.
 
 MFU, model FLOP utilisation, is FLOPs per token x tokens per second / peak. The FLOPs are those of the matrix products
-that the model needs (`model.flops_per_token`): recomputed activations do not count, nor do embeddings that are looked
+that the model needs (`flops.flops_per_token`): recomputed activations do not count, nor do embeddings that are looked
 up. Attention counts once with the half of its scores that causality needs, and once in full, as many papers have it.
 The peak is that of the device's data sheet (dense, in the dtype that computes); on a CPU and an Apple GPU that of a
 measured product.
@@ -38,7 +38,8 @@ from nanoqwen.config import Config, LogConfig, TrainConfig
 from nanoqwen.distributed import World
 from nanoqwen.errors import NonFiniteError, say, warn
 from nanoqwen.files import write_atomic
-from nanoqwen.routing import RoutingConfig, flops_per_token
+from nanoqwen.flops import flops_per_token
+from nanoqwen.routing import RoutingConfig
 
 # Dense half-precision peaks in TFLOP/s, from the vendors' data sheets; the first name that is part of the device's.
 PEAKS = {

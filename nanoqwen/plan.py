@@ -28,10 +28,11 @@ from nanoqwen.config import (
 from nanoqwen.distributed import World, all_reduce_min, pick_device, pick_dtype
 from nanoqwen.errors import ConfigError, say, warn
 from nanoqwen.files import read_json_or_empty
+from nanoqwen.flops import flops_per_token
 from nanoqwen.log import Peak, Speed
 from nanoqwen.lora import LoraConfig, apply_lora
 from nanoqwen.optim import parameter_groups
-from nanoqwen.routing import RoutingConfig, build_model, flops_per_token
+from nanoqwen.routing import RoutingConfig, build_model
 from nanoqwen.runfolder import recorded_base
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 from nanoqwen.weights import config_of, is_adapter, path_exists, read_adapter, resolve

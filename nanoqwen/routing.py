@@ -897,7 +897,7 @@ def layers_per_token(model: GPT, ids: Sequence[int]) -> list[int]:
     was_training = model.training
     model.eval()
     device = model.device
-    stats = model(torch.tensor([list(ids)], device=device), length=model.cfg.context).stats
+    stats = model(torch.tensor([list(ids)], device=device)).stats
     model.train(was_training)
     return layers_used(stats)[0].tolist()
 
@@ -905,24 +905,3 @@ def layers_per_token(model: GPT, ids: Sequence[int]) -> list[int]:
 def layers_used(stats: Tensors) -> Tensor:
     """How many routed layers computed each token, [B, T]."""
     return sum(value.long() for name, value in stats.items() if name.endswith("/chosen"))
-
-
-def flops_per_token(
-    cfg: ModelConfig, routing: RoutingConfig | None, seq_len: int, *, causal: bool = True, training: bool = True
-) -> float:
-    """As model.flops_per_token, with routed layers at their capacity; priors and teachers count, scores do not."""
-    layers = routed_layers(cfg, routing) if routing else ()
-    if not layers:
-        return dense.flops_per_token(cfg, seq_len, causal=causal, training=training)
-    fractions = [routing.share if layer in layers else 1.0 for layer in range(cfg.num_hidden_layers)]
-    flops = dense.flops_per_token(cfg, seq_len, causal=causal, training=training, used=fractions)
-    inner = ResidualPrior.width(cfg, routing.prior_factor)
-    prior = 6 * cfg.hidden_size * inner * len(layers) * (3 if training else 1)
-    if routing.kind == "dtf":
-        return flops + prior
-    if routing.kind == "tdtf" and training:  # the teacher: a forward of each routed layer over all tokens
-        all_layers = dense.flops_per_token(cfg, seq_len, causal=causal, training=False)
-        fractions = [0.0 if layer in layers else 1.0 for layer in range(cfg.num_hidden_layers)]
-        dense_layers = dense.flops_per_token(cfg, seq_len, causal=causal, training=False, used=fractions)
-        return flops + prior + (all_layers - dense_layers) * (3 if routing.through_surprise else 1)
-    return flops

@@ -53,7 +53,7 @@ class Markov(nn.Module):
     def new_cache(self, rows: int, dtype: torch.dtype | None, length: int) -> KVCache:
         return KVCache(self.cfg, rows, dtype, length)
 
-    def forward(self, tokens, *, cache=None, lengths=None, attn_mask=None, length=None) -> Output:
+    def forward(self, tokens, *, cache=None, lengths=None, attn_mask=None) -> Output:
         logits = self.table[tokens]
         if cache is not None:
             cache.advance(lengths)
@@ -487,6 +487,8 @@ def test_dynamic_scaling_does_not_depend_on_company_or_length():
     assert greedy(gpt, [short, long], max_new_tokens=6)[0] == alone
     assert greedy(gpt, [short], max_new_tokens=12)[0][: len(alone)] == alone
     assert greedy(gpt, [short, long], max_new_tokens=6, use_cache=False)[0] == alone
+    across = prompt(12, 2)  # keys stay as they were turned when the row was shorter
+    assert greedy(gpt, [long, across], max_new_tokens=12)[1:] == greedy(gpt, [across], max_new_tokens=12)
 
 
 def test_beams_keep_what_they_have_when_everything_is_banned():

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from data import Batch, micro_batches
-from model import flops_per_token
 from nanoqwen import log, optim
 from nanoqwen.config import Config, load_config
 from nanoqwen.distributed import World
 from nanoqwen.errors import NonFiniteError
+from nanoqwen.flops import dense_flops_per_token as flops_per_token
 from nanoqwen.log import MetricLog, Peak, Speed
 
 ROOT = Path(__file__).parents[1]

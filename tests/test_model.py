@@ -12,6 +12,7 @@ from torch import nn
 
 import model as model_module
 from model import GPT, IGNORE, KVCache, ModelConfig, RopeScaling, attend, rope_frequencies, rope_tables
+from nanoqwen.flops import dense_flops_per_token
 
 ALL = list(tiny.ARCHITECTURES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -416,14 +417,22 @@ def test_a17_a_factor_of_one_changes_no_bit(kind: str):
 
 
 @torch.no_grad()
-def test_a17_dynamic_scaling_is_that_of_the_whole_request():
-    """Frequencies that follow the length so far would rotate cached keys by other angles than new queries."""
+def test_a17_dynamic_scaling_follows_the_row_so_far():
+    """Whatever lies beside a row in its batch, behind it as padding or before it as another document."""
     gpt = tiny.model("dynamic", max_position_embeddings=16)
     ids = tokens(1, 30)
-    cache = KVCache(gpt.cfg, 1, length=30)
-    steps = [gpt(ids[:, t : t + 1], cache=cache).logits for t in range(30)]
-    full = gpt(ids).logits
-    assert (torch.cat(steps, dim=1) - full).abs().max() <= 1e-4 * full.abs().max()
+    alone = {length: gpt(ids[:, :length]).logits for length in (9, 16, 20, 30)}
+    cache = KVCache(gpt.cfg, 1, length=16)
+    steps = torch.cat([gpt(ids[:, t : t + 1], cache=cache).logits for t in range(16)], dim=1)
+    torch.testing.assert_close(steps, alone[16], rtol=1e-4, atol=1e-5)  # the original context: no stretching yet
+    ragged = gpt(ids.expand(2, -1), lengths=[20, 30]).logits
+    torch.testing.assert_close(ragged[:1, :20], alone[20], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ragged[1:], alone[30], rtol=1e-4, atol=1e-5)
+    packed = torch.cat((ids[:, :9], ids[:, :20]), dim=1)
+    documents = torch.tensor([[0] * 9 + [1] * 20])
+    both = gpt(packed, documents=documents).logits
+    torch.testing.assert_close(both[:, :9], alone[9], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both[:, 9:], alone[20], rtol=1e-4, atol=1e-5)
 
 
 def caches_alive() -> list[KVCache]:
@@ -854,8 +863,8 @@ def test_flops_are_those_that_torch_counts(name: str):
     # The unfused kernel, because torch counts no attention in the CPU's fused one; it computes all T x T scores.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         gpt(tokens(1)).logits.sum().backward()
-    assert counter.get_total_flops() / T == model_module.flops_per_token(gpt.cfg, T, causal=False)
-    halves = [model_module.flops_per_token(gpt.cfg, T, causal=causal, training=False) for causal in (True, False)]
+    assert counter.get_total_flops() / T == dense_flops_per_token(gpt.cfg, T, causal=False)
+    halves = [dense_flops_per_token(gpt.cfg, T, causal=causal, training=False) for causal in (True, False)]
     scores = 4 * gpt.cfg.num_attention_heads * gpt.cfg.head_size * gpt.cfg.num_hidden_layers
     assert halves[1] - halves[0] == scores * (T - (T + 1) / 2)  # query t needs t + 1 keys: (T + 1) / 2 on average
-    assert 3 * halves[0] == model_module.flops_per_token(gpt.cfg, T)
+    assert 3 * halves[0] == dense_flops_per_token(gpt.cfg, T)

@@ -122,18 +122,31 @@ def test_an_exported_folder_is_byte_for_byte_what_came_in(kind: str, folders: di
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no temporary folder stays behind
 
 
+def continued(kind: str, prompts: torch.Tensor, **settings) -> list[list[int]]:
+    """By transformers' generate."""
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | settings
+    return theirs(kind).generate(prompts, attention_mask=torch.ones_like(prompts), **settings).tolist()
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama3", "gpt2"])
 def test_greedy_text_is_that_of_transformers(kind: str, folders: dict[str, Path]):
     ours, _ = load_model(folders[kind])
-    expected = theirs(kind).generate(
-        IDS[:, :8],
-        attention_mask=torch.ones(2, 8),
-        do_sample=False,
-        max_new_tokens=30,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert generate(ours, IDS[:, :8], temperature=0.0, max_new_tokens=30) == expected.tolist()
+    expected = continued(kind, IDS[:, :8], max_new_tokens=30)
+    assert generate(ours, IDS[:, :8], temperature=0.0, max_new_tokens=30) == expected
+
+
+@pytest.mark.parametrize("prompt", [5, 15, 22])  # the original context has 16 positions
+def test_dynamic_scaling_generates_as_transformers_does(prompt: int, folders: dict[str, Path]):
+    """Each step stretches by the row so far; a row that grows past the context keeps the keys that it has."""
+    ours, _ = load_model(folders["llama-dynamic"])
+    prompts = IDS[:, :prompt]
+    for max_new_tokens in (6, 24):
+        expected = continued("llama-dynamic", prompts, max_new_tokens=max_new_tokens)
+        assert generate(ours, prompts, temperature=0.0, max_new_tokens=max_new_tokens) == expected
+    slowly = continued("llama-dynamic", prompts, max_new_tokens=24, use_cache=False)
+    assert generate(ours, prompts, temperature=0.0, max_new_tokens=24, use_cache=False) == slowly
+    beams = continued("llama-dynamic", prompts, max_new_tokens=12, num_beams=4)
+    assert generate(ours, prompts, num_beams=4, max_new_tokens=12) == beams
 
 
 @pytest.mark.parametrize("kind", ["qwen2-yarn", "llama3", "llama-linear", "llama-dynamic", "qwen3"])

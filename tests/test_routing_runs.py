@@ -21,7 +21,6 @@ from torch import Tensor
 import bench
 import finetune
 import infer
-import model as dense
 import train
 from checkpoint import main as checkpoint_main
 from data import Batch, micro_batches
@@ -30,11 +29,11 @@ from nanoqwen import evaluate, optim, plan
 from nanoqwen.config import load_config
 from nanoqwen.distributed import World
 from nanoqwen.errors import ConfigError
+from nanoqwen.flops import dense_flops_per_token, flops_per_token
 from nanoqwen.lora import LoraConfig, apply_lora, lora_state
 from nanoqwen.routing import (
     RoutingConfig,
     build_model,
-    flops_per_token,
     layers_per_token,
     penalty_weights,
     routing_mode,
@@ -448,7 +447,7 @@ def test_flops_of_routed_layers(length: int, share: float, mod: float, dtf: floa
     whole = layers("dense", training=False)
     assert layers("mod", training=False) / whole == pytest.approx(mod, abs=1e-3)
     assert layers("dtf", training=False) / whole == pytest.approx(dtf, abs=1e-3)
-    assert flops_per_token(HALF_B, None, length) == dense.flops_per_token(HALF_B, length)
+    assert flops_per_token(HALF_B, None, length) == dense_flops_per_token(HALF_B, length)
     three = flops_per_token(HALF_B, RoutingConfig(kind="mod", capacity=share), length)
     assert three == pytest.approx(
         3 * flops_per_token(HALF_B, RoutingConfig(kind="mod", capacity=share), length, training=False)
