@@ -30,6 +30,7 @@ from torch import Tensor
 import model as dense
 from model import GPT, INIT_STD, Context, KVCache, ModelConfig, RMSNorm
 
+SLOTS = 32  # selected tokens are computed in groups of as many: then matrix products on a CPU round in one way
 Block = Callable[[Tensor, Context], Tensor]
 Tensors = dict[str, Tensor]
 # Modules that are trained in full beside adapters, by kind: everything that a dense checkpoint does not have.
@@ -653,8 +654,10 @@ class LayerRouter(nn.Module):
         call.stats[f"{self.layer}/selected_fraction"] = _mean(mask.float(), call.valid)
         if state is not None:
             return apply_with_cache(call.block, x, mask, gate, ctx, state, self.static)
-        # At least one slot, so that all ranks that share a block's weights run it.
-        chosen = from_mask(mask, max(1, int(mask.sum(1).max())))
+        # At least one slot, so that all ranks that share a block's weights run it; whole groups of slots, so that the
+        # number of later tokens that are selected does not choose another kernel for the earlier ones.
+        width = -(-max(1, int(mask.sum(1).max())) // SLOTS) * SLOTS
+        chosen = from_mask(mask, min(width, mask.shape[1]))
         return apply_to_selected(call.block, x, chosen, gate, ctx)
 
     def _causal_loss_and_stats(self, call: LayerCall, logits: Tensor, chosen: Tensor) -> None:

@@ -192,6 +192,19 @@ def test_inv_03_causal_routing_never_looks_ahead(kind: str):
 
 
 @each_kind
+def test_inv_03_a_later_token_changes_no_bit_of_an_earlier_logit(kind: str):
+    """How many later tokens are selected must not choose another kernel for the earlier ones."""
+    gpt = model(kind, capacity=0.25, shape={"hidden_size": 128, "intermediate_size": 256})
+    texts = tokens(rows=2, length=256)
+    for seed in range(12):
+        cut, (first, second) = 3 + 5 * seed, tokens(rows=2, length=1, seed=seed)
+        texts[1, :cut] = texts[0, :cut]
+        texts[0, cut:], texts[1, cut:] = first, second  # one is selected often, the other seldom
+        ones, others = (run(gpt, row[None]).logits[0, :cut] for row in texts)
+        assert torch.equal(ones, others)
+
+
+@each_kind
 def test_inv_04_topk_routing_does(kind: str):
     gpt, ids = model(kind), tokens()
     before, largest = run(gpt, ids, "topk").logits, 0.0
