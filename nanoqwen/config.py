@@ -40,6 +40,7 @@ from model import (
 )
 from nanoqwen.errors import ConfigError
 from nanoqwen.lora import LoraConfig
+from nanoqwen.redact import redact
 from nanoqwen.routing import RoutingConfig, routed_layers
 
 DEFAULT_FILE = Path(__file__).parents[1] / "config.yaml"
@@ -355,7 +356,20 @@ def load_config(argv: Sequence[str], section: str, usage: str | None = None) -> 
     for name in ("train", "finetune"):  # an option says how long; what a file says of it in another unit is dropped
         if (said := options.get(name, {})).keys() & LENGTHS:
             values[name] = values[name] | dict.fromkeys(LENGTHS - said.keys() - {"steps"})
-    return _settled(_build(Config, _merge(values, options)), section)
+    values = _merge(values, options)
+    for name in values.keys() - {"infer"}:  # a prompt is a person's own affair: no file keeps it
+        _refuse_secrets(values[name], name)
+    return _settled(_build(Config, values), section)
+
+
+def _refuse_secrets(value: Any, path: str) -> None:
+    """A run writes its configuration to its folder, its report and its logs."""
+    if isinstance(value, dict | list | tuple):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_secrets(item, f"{path}.{name}")
+    elif isinstance(value, str) and redact(value) != value:
+        where = "a run keeps its configuration: keys belong into the environment (HF_TOKEN, WANDB_API_KEY)"
+        raise ConfigError(f"{path}: expected no secret, got {redact(value)!r}; {where}")
 
 
 def rate_from_scratch(hidden_size: int) -> float:

@@ -21,6 +21,8 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
+from nanoqwen.redact import redact
+
 DEFECT, OUT_OF_MEMORY, PREEMPTED, INTERRUPTED, NO_READER = 1, 8, 75, 130, 141
 
 
@@ -45,7 +47,7 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Print a line on stderr, or a file, above the progress bar if there is one; on the main rank only."""
     if os.environ.get("RANK", "0") == "0":
         file = sys.stderr if file is None else file
-        tqdm.write(escape_terminal(text), file=file)
+        tqdm.write(escape_terminal(redact(text)), file=file)
         file.flush()
 
 
@@ -62,7 +64,7 @@ class UserError(Exception):
     exit_code = DEFECT
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(one_line(redact(message)))
 
 
 class ConfigError(UserError):
@@ -153,5 +155,5 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = exit_code_of(error)
         if code == DEFECT:
             raise
-        print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        print(f"error: {redact(one_line(str(error) or type(error).__name__))}", file=sys.stderr)
     sys.exit(code)

@@ -49,6 +49,7 @@ from nanoqwen.files import (
     write_new,
 )
 from nanoqwen.manifest import REPLACED, checkpoints, none_usable, problem_of
+from nanoqwen.redact import redact, redact_command
 from nanoqwen.tokenizer import Tokenizer
 from nanoqwen.weights import CheckpointError, hash_tensor, open_safetensors, safetensors_header, write_folder
 
@@ -419,7 +420,7 @@ def check_disk(run: Path, bytes_needed: int, keep: int) -> None:
 def write_status(run: Path, status: str, code: int, reason: str) -> None:
     """Write status.json; only a warning if that fails, which must not hide the error that ended the run."""
     try:
-        write_atomic(run / "status.json", json_bytes({"status": status, "code": code, "reason": reason}))
+        write_atomic(run / "status.json", json_bytes({"status": status, "code": code, "reason": redact(reason)}))
     except DiskError as error:
         warn(f"status not recorded: {error}")
 
@@ -437,7 +438,7 @@ def source_record() -> dict[str, Any]:
         "changes": hashlib.sha256(changes).hexdigest() if changes else None,  # null: none, or no git
         "versions": versions(),
         "platform": platform.platform(),
-        "command": _masked(sys.argv),
+        "command": redact_command(sys.argv),
     }
 
 
@@ -460,31 +461,3 @@ def _git(*arguments: str) -> bytes | None:
         return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-SECRET_NAME = re.compile(
-    r"(api|access|private|secret|auth)_?key|token|passw(or)?d|passphrase|secret|credentials?", re.I
-)
-SECRET_TEXT = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
-
-
-def _masked(words: list[str]) -> list[str]:
-    """A command line without secrets: found by the option's name, by their form, or in environment variables."""
-    values = [value for name, value in os.environ.items() if _names_secret(name) and len(value) >= 8]
-    out: list[str] = []
-    for previous, word in zip(["", *words], words, strict=False):
-        option, equals, _ = word.partition("=")
-        if _names_secret(option) and equals:
-            word = f"{option}=***"
-        elif previous.startswith("-") and _names_secret(previous) and not word.startswith("-"):
-            word = "***"
-        for text in values:
-            word = word.replace(text, "***")
-        out.append(SECRET_TEXT.sub("***", word))
-    return out
-
-
-def _names_secret(name: str) -> bool:
-    """`--hub_token`, `WANDB_API_KEY`; but not `--max_new_tokens`, nor a word that only contains one."""
-    last = name.replace("-", "_").rpartition(".")[2]
-    return any(match.end() == len(last) for match in SECRET_NAME.finditer(last))

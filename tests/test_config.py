@@ -1,6 +1,7 @@
 """config.yaml and the command line: what is meant arrives with its type, everything else is refused in one line."""
 
 import errno
+import json
 import math
 import os
 import random
@@ -122,6 +123,26 @@ def test_a_secret_is_refused_and_never_echoed(tmp_path, key):
     for argv in ((f"--{key}=CANARY",), (f"--{key}", "CANARY"), (f"--infer.{key}=CANARY",), (f"{key}=CANARY",)):
         assert "CANARY" not in refusal(tmp_path, "run: {}\n", *argv)
     assert "environment" in refusal(tmp_path, f"{key}: CANARY\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("https://me:CANARY@host/x.txt", "https://***@host/x.txt"),
+        ("https://host/x.txt?a=1&api_key=CANARY", "https://host/x.txt?a=1&***"),
+        ("hf_CANARYCANARY", "***"),
+        ("mine CANARY-of-the-shell", "mine ***"),
+    ],
+)
+@pytest.mark.parametrize("key", ["log.name", "log.project", "data.tokenizer", "run.dir"])
+def test_a_secret_in_a_value_is_refused_before_anything_is_written(tmp_path, monkeypatch, key, value, shown):
+    monkeypatch.setenv("HF_TOKEN", "CANARY-of-the-shell")
+    section, name = key.split(".")
+    said = refusal(tmp_path, f"{section}:\n  {name}: {json.dumps(value)}\n")
+    assert said == refusal(tmp_path, "run: {}\n", f"--{key}={value}")
+    assert f"expected no secret, got '{shown}'" in said
+    assert "CANARY" not in said + refusal(tmp_path, "run: {}\n", f"--data.train={value}")
+    assert load(tmp_path, "run: {}\n", f"--infer.prompt={value}").infer.prompt == (value,)  # nothing keeps it
 
 
 # --- values ----------------------------------------------------------------------------------------------------

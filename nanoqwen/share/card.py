@@ -18,11 +18,12 @@ import torch
 import yaml
 
 from model import GPT
+from nanoqwen import redact as secrets
 from nanoqwen.errors import CheckpointError, one_line
 from nanoqwen.files import read_json_or_empty
 from nanoqwen.hf_format import OWN_TYPE, model_type
 from nanoqwen.run_reader import read_jsonl
-from nanoqwen.runfolder import SECRET_TEXT, recorded_base
+from nanoqwen.runfolder import recorded_base
 from nanoqwen.tokenizer import QWEN2_PATTERN, Tokenizer
 from nanoqwen.weights import (
     ADAPTER_WEIGHTS,
@@ -89,7 +90,7 @@ _QUERY = re.compile(r"(\w://[^\s?#]+)[?#]\S*")  # of an address; keys hide there
 
 def redact(text: str) -> str:
     """Text without secrets, and with nothing of an absolute path but its last part."""
-    text = SECRET_TEXT.sub("***", _QUERY.sub(r"\1", text))
+    text = secrets.redact(_QUERY.sub(r"\1", text))
     home = os.path.expanduser("~")
     if len(home) > 1:  # in some containers it is /
         text = text.replace(home, "/home/~")
@@ -144,7 +145,7 @@ def model_card(
         "reports": "\n\n".join(_reports(origin)),
         **_lineage(folder, origin, adapter, bases),
     }
-    return SECRET_TEXT.sub("***", _fill(_text("card.md"), facts))
+    return secrets.redact(_fill(_text("card.md"), facts))
 
 
 def _text(name: str) -> str:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from nanoqwen.errors import CheckpointError, ConfigError, one_line
 from nanoqwen.files import TEMPORARY
 from nanoqwen.hf_format import OWN_TYPE
-from nanoqwen.runfolder import DELETED, SECRET_TEXT
+from nanoqwen.redact import SECRET_TEXT
+from nanoqwen.runfolder import DELETED
 from nanoqwen.share.card import is_hub_id, redact
 from nanoqwen.weights import ADAPTER_WEIGHTS, BASE_RECORD, is_adapter, load_model, read_adapter, weight_files
 
