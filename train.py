@@ -235,6 +235,7 @@ class Progress:
         self.best: dict[str, Any] = {"step": None, "loss": math.inf, "sort_key": [math.inf]}
         self.stale = 0  # evaluations since the best one
         self.result: dict[str, float] = {}  # of the last evaluation
+        self.pace = optim.Pace(loop.steps, loop.warmup_steps)
         self.continued: optim.Continued | None = None  # where the length of the run changed last
 
     def update(self, result: dict[str, float]) -> None:
@@ -261,11 +262,12 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         progress = {"step": self.step, "best": self.best, "stale": self.stale, "result": self.result}
-        return progress | {"plateau": self.plateau.state(), "continued": self.continued}
+        return progress | {"plateau": self.plateau.state(), "pace": self.pace, "continued": self.continued}
 
     def load(self, state: dict[str, Any]) -> None:
         self.step, self.best, self.stale, self.result = (state[k] for k in ("step", "best", "stale", "result"))
         self.plateau.load(state["plateau"])
+        self.pace = optim.Pace(*state["pace"])
         self.continued = optim.Continued(*state["continued"]) if state["continued"] else None
 
     def rate(self) -> float:
@@ -278,6 +280,9 @@ class Progress:
         A change of the rate itself, or during warm-up, is meant as it is.
         """
         keys = {key.partition(".")[2] for key in changed}
+        if "warmup_steps" in keys:
+            self.pace = self.pace._replace(warmup_steps=self.loop.warmup_steps)
+        self.loop = replace(self.loop, warmup_steps=min(self.pace.warmup_steps, self.loop.steps))
         if keys & {"steps", "tokens", "epochs"} and "lr" not in keys and self.step >= self.loop.warmup_steps:
             self.continued = optim.Continued(self.step, rate)
             last = optim.continued_rate(self.loop.steps - 1, self.loop, self.plateau.scale, self.continued)
@@ -314,7 +319,7 @@ def fit(
             step = progress.step
             rate = progress.rate()
             optimizers.set_rate(rate)
-            routing.set_step(model, step, loop.steps)
+            routing.set_step(model, step, progress.pace.steps)
             seed_step(cfg.run.seed, step, world.rank)
             metrics = train_step(
                 trainer.objective,
@@ -590,10 +595,10 @@ def make_trainer(
 
 
 def counted_loop(loop: TrainConfig, batches: Batches) -> TrainConfig:
-    """With epochs counted in steps."""
+    """With epochs counted in steps, and the warm-up that belongs to them."""
     if loop.epochs is not None and not batches.steps_per_epoch:
         raise ConfigError("epochs: expected text of a known length, got a stream (data.streaming; tokens counts there)")
-    return loop.counted(batches.steps_per_epoch)
+    return loop.counted(batches.steps_per_epoch).with_warmup()
 
 
 def build(cfg: Config, world: World) -> Trainer:

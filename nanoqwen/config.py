@@ -199,7 +199,7 @@ class TrainConfig:
     weight_decay: NonNegative = 0.1
     clip: Positive = 1.0
     schedule: Literal["cosine", "wsd", "linear", "constant", "plateau"] = "cosine"
-    warmup_steps: Count | Literal["auto"] = 60
+    warmup_steps: Count | Literal["auto"] = "auto"
     decay_share: Fraction = 0.2
     floor: Fraction = 0.1
     plateau_factor: OpenFraction = 0.5
@@ -231,7 +231,7 @@ class TrainConfig:
         return self.batch_tokens // self.seq_len
 
     def counted(self, steps_per_epoch: float | None = None) -> TrainConfig:
-        """With `steps` from tokens or epochs, and the warm-up from the steps; epochs need data to be counted."""
+        """With `steps` from tokens or epochs; epochs need data to be counted."""
         steps = self.steps
         if self.tokens is not None:
             steps = math.ceil(self.tokens / self.batch_tokens)
@@ -239,8 +239,13 @@ class TrainConfig:
             if steps_per_epoch is None:
                 return self
             steps = math.ceil(self.epochs * steps_per_epoch)
-        warmup = min(int(WARMUP_SHARE * steps), MAX_WARMUP) if self.warmup_steps == "auto" else self.warmup_steps
-        return replace(self, steps=steps, warmup_steps=min(warmup, steps))
+        warmup = self.warmup_steps if self.warmup_steps == "auto" else min(self.warmup_steps, steps)
+        return replace(self, steps=steps, warmup_steps=warmup)
+
+    def with_warmup(self) -> TrainConfig:
+        """With the warm-up from the steps, if it is `auto`."""
+        warmup = min(int(WARMUP_SHARE * self.steps), MAX_WARMUP)
+        return replace(self, warmup_steps=warmup) if self.warmup_steps == "auto" else self
 
 
 @dataclass(frozen=True)

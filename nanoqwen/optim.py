@@ -166,6 +166,13 @@ class Plateau:
             setattr(self, name, value)
 
 
+class Pace(NamedTuple):
+    """What the length of a run decides when it begins, and another length later leaves as it is."""
+
+    steps: int  # over which a router's capacity and betas move
+    warmup_steps: int
+
+
 class Continued(NamedTuple):
     """Where a run of another length went on: the first step under the new schedule, and the rate just before it."""
 

@@ -546,8 +546,7 @@ def test_every_preset_is_known_to_the_tests_and_possible():
 DELIBERATE = {  # where an importer's default is another: config.yaml trains a small model and samples with some warmth
     config.ModelSection: "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "max_position_embeddings",
-    config.FinetuneConfig: "steps seq_len batch_tokens lr weight_decay schedule warmup_steps eval_every log_every "
-    "patience",
+    config.FinetuneConfig: "steps seq_len batch_tokens lr weight_decay schedule eval_every log_every patience",
     SamplingOptions: "temperature top_p",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,12 @@ def loop(*argv: str) -> TrainConfig:
     ],
 )
 def test_steps_follow_tokens_and_the_warmup_follows_the_steps(argv: list[str], steps: int, warmup: int):
-    assert (loop(*argv).steps, loop(*argv).warmup_steps) == (steps, warmup)
+    assert (loop(*argv).steps, loop(*argv).with_warmup().warmup_steps) == (steps, warmup)
+
+
+def test_a_longer_run_differs_in_its_length_alone():
+    """A warm-up of `auto` was once written down as a number: a change of the steps alone was refused."""
+    assert replace(loop("--steps=100"), steps=4_000) == loop("--steps=4000")
 
 
 def test_an_option_says_how_long_whatever_a_file_says(tmp_path: Path):

@@ -222,6 +222,24 @@ def test_an_extended_run_goes_on_from_the_rate_that_it_had(schedule: str, at: in
         at, rate = 300, rates[299 - at]
 
 
+@pytest.mark.parametrize("at", [3, 12, 40])
+def test_an_extended_run_keeps_the_warm_up_and_the_pace_of_its_routers(at: int):
+    """With `auto` both once grew with the length: the rate fell by 3 to 30 times, the capacity went back towards 1."""
+    rates, paces = {}, {}
+    for steps in (200, 4_000):
+        progress = train.Progress(TrainConfig(steps=200, warmup_steps="auto", lr=2e-3).with_warmup(), min)
+        state = json.loads(json.dumps(progress.state() | {"step": at}))
+        again = train.Progress(TrainConfig(steps=steps, warmup_steps="auto", lr=2e-3).with_warmup(), min)
+        again.load(state)
+        again.go_on_from(optim.lr_at(at - 1, progress.loop), {"train.steps": [200, steps]} if steps > 200 else {})
+        rates[steps], paces[steps] = again.rate(), again.pace.steps
+    assert rates[4_000] == pytest.approx(rates[200], rel=1e-2)
+    assert paces[4_000] == 200
+    again.loop = replace(again.loop, warmup_steps=100)
+    again.go_on_from(1e-3, {"train.warmup_steps": [10, 100]})  # meant as it is
+    assert again.loop.warmup_steps == again.pace.warmup_steps == 100
+
+
 def test_a_run_extended_at_a_rate_of_0_is_warned(capfd: pytest.CaptureFixture):
     cfg = TrainConfig(steps=400, warmup_steps=10, schedule="cosine", lr=2e-3, floor=0.0)
     progress = train.Progress(cfg, min)
