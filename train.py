@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +33,10 @@ from torch import Tensor, nn
 import data
 from data import Batch, Batches, Micro, StreamBatches, micro_batches, token_bytes
 from model import GPT, IGNORE, Output, generate
-from nanoqwen import corpus, distributed, evaluate, flops, optim, plan, routing, runfolder, weights
+from nanoqwen import corpus, distributed, evaluate, flops, heartbeat, optim, plan, routing, runfolder, weights
 from nanoqwen.config import Config, TrainConfig, check, check_context, dump, load_config
 from nanoqwen.distributed import Stop, World, all_reduce_sum, full_tensor
-from nanoqwen.errors import PREEMPTED, ConfigError, ResumeError, escape_terminal, exit_code_of, run_script, say
+from nanoqwen.errors import PREEMPTED, SILENT, ConfigError, ResumeError, escape_terminal, exit_code_of, run_script, say
 from nanoqwen.files import write_atomic
 from nanoqwen.log import MetricLog, Peak, Speed, peak_of
 from nanoqwen.lora import LoraConfig, apply_lora, lora_state
@@ -642,7 +643,12 @@ def run(cfg: Config, world: World, task: Task) -> int:
     if cfg.run.dry_run:
         return dry_run(cfg, world, task)
     folder, started, stop = Path(cfg.run.dir), time.perf_counter(), Stop()
-    with stop.watching(), runfolder.lock(folder) if world.is_main else nullcontext():
+    silent = partial(runfolder.write_status, folder, "failed", SILENT)
+    with (
+        stop.watching(),
+        runfolder.lock(folder) if world.is_main else nullcontext(),
+        heartbeat.watching(world, cfg.run.timeout, silent),
+    ):
         source = distributed.main_rank_first(world, lambda: runfolder.starting_point(cfg))
         state = runfolder.read_state(source) if source else None
         changed = runfolder.refuse_changes(cfg, state["config"], task.sections) if state else None

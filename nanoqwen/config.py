@@ -170,6 +170,7 @@ class RunConfig:
     overwrite: bool
     dry_run: bool
     parallel: Literal["ddp", "fsdp"]
+    timeout: Annotated[float, Bound(1)]
     keep: Size
     save_every: Size
     allow_change: tuple[str, ...]

@@ -4,7 +4,7 @@
     1  a defect of the program   6  disk                130  interrupted: 128 + SIGINT
     2  configuration             7  not finite          141  output closed: 128 + SIGPIPE
     3  data                      8  out of memory
-    4  no usable checkpoint
+    4  no usable checkpoint      9  another rank is silent
 
 An error that the user can fix is one line on stderr; only a defect shows a traceback.
 """
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nanoqwen.redact import redact
 
-DEFECT, OUT_OF_MEMORY, PREEMPTED, INTERRUPTED, NO_READER = 1, 8, 75, 130, 141
+DEFECT, OUT_OF_MEMORY, SILENT, PREEMPTED, INTERRUPTED, NO_READER = 1, 8, 9, 75, 130, 141
 
 
 # --- text for a terminal ----------------------------------------------------------------------------------------------

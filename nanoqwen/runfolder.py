@@ -351,7 +351,7 @@ def _part(file: Path) -> str:
 
 # May differ between a run and its continuation without a word: changes no weight by more than rounding does.
 MAY_CHANGE_ON_RESUME = re.compile(
-    r"run\.(device|dir|resume|overwrite|dry_run|keep|save_every|parallel|allow_change)|data\.(cache_dir|workers)"
+    r"run\.(device|timeout|dir|resume|overwrite|dry_run|keep|save_every|parallel|allow_change)|data\.(cache_dir|workers)"
     r"|\w+\.(micro_batch|checkpoint_activations|compile|eval_every|eval_tokens|log_every|sample_tokens|skip_limit)"
 )
 MATTERS_TO_PLATEAU = re.compile(r"\w+\.(eval_every|eval_tokens)")  # and to patience: both count evaluations

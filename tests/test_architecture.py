@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # The reading order: a file imports files to its left only, inside functions too, without exceptions.
 LIBRARY = (
-    "redact errors files manifest sources model kernels quantize cpu_kernels fast distributed lora routing flops "
-    "config patterns gguf_reader tokenizer builtin corpus chat_template chat data hf_format weights runfolder optim "
-    "log plan evaluate harness run_reader report gguf"
+    "redact errors files manifest sources model kernels quantize cpu_kernels fast distributed heartbeat lora routing "
+    "flops config patterns gguf_reader tokenizer builtin corpus chat_template chat data hf_format weights runfolder "
+    "optim log plan evaluate harness run_reader report gguf"
 ).split()
 WINGS = "injection.triplets injection.contrast injection.score injection.suite share.card share.hub".split()
 SCRIPTS = "train finetune infer eval bench checkpoint".split()
