@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -70,6 +71,7 @@ class Bound(NamedTuple):
 
 Size, Count = Annotated[int, Bound(1)], Annotated[int, Bound(0)]
 TensorSize = Annotated[int, Bound(1, 2**40, open_high=True)]  # torch makes no larger tensors
+Layers = Annotated[int, Bound(1, 10_000)]  # a million would take a minute and a gigabyte before anything is computed
 Positive, NonNegative = Annotated[float, Bound(0, open_low=True)], Annotated[float, Bound(0)]
 Fraction, OpenFraction = Annotated[float, Bound(0, 1)], Annotated[float, Bound(0, 1, open_low=True, open_high=True)]
 DropProbability = Annotated[float, Bound(0, 1, open_high=True)]  # at 1 nothing would be left
@@ -120,7 +122,8 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_is_a(item, arguments[0]) for item in value)
     if kind in (int, float):  # NaN is in no interval; a boolean is no number here
         number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        return number and -math.inf < value < math.inf
+        largest = math.inf if kind is int else sys.float_info.max
+        return number and -largest <= value <= largest and abs(value) != math.inf
     return isinstance(value, origin or kind)
 
 
@@ -132,7 +135,7 @@ class RopeScaling:
     """
 
     rope_type: Literal["linear", "dynamic", "yarn", "llama3"]
-    factor: Annotated[float, Bound(1)] = 1.0  # new context / original context
+    factor: Annotated[float, Bound(1, 2**40)] = 1.0  # new context / original context
     original_max_position_embeddings: Size | None = None  # None: the model's max_position_embeddings
     low_freq_factor: Positive = 1.0  # llama3
     high_freq_factor: Positive = 4.0  # llama3
@@ -156,10 +159,10 @@ class ModelConfig:
     vocab_size: TensorSize = 151_936
     hidden_size: TensorSize = 896
     intermediate_size: TensorSize = 4_864
-    num_hidden_layers: TensorSize = 24
+    num_hidden_layers: Layers = 24
     num_attention_heads: TensorSize = 14
     num_key_value_heads: TensorSize = 2
-    head_dim: Size | None = None  # None: hidden_size / num_attention_heads
+    head_dim: TensorSize | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: TensorSize = 32_768
     rope_theta: Annotated[float, Bound(1, open_low=True)] = 1_000_000.0
     rope_scaling: RopeScaling | None = None

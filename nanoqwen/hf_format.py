@@ -63,7 +63,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
             return _config_from_llama_family(kind, {**_HF_DEFAULTS[kind], **hf})
     except KeyError as error:
         raise CheckpointError(f"config.json: missing key {error.args[0]!r}") from None
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: {error}") from None
     known = ", ".join([*_ARCHITECTURES, OWN_TYPE])
     raise CheckpointError(f"config.json: model_type: expected one of {known}, got {kind!r}")
@@ -84,7 +84,7 @@ def routing_from_hf(hf: dict[str, Any]) -> RoutingConfig | None:
     expect(hf, model_type=OWN_TYPE)  # another program would compute all tokens in all layers: another model
     try:
         return RoutingConfig(**{**values, "layers": tuple(values["layers"])})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: routing: {error}") from None
 
 

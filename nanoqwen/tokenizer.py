@@ -558,7 +558,7 @@ def _engine(name: str, path: Path, spec: dict[str, Any], special: Mapping[str, i
 def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({_short(error)})") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -645,7 +645,10 @@ def _named_token(
 ) -> str | None:
     for token in (config.get(f"{which}_token"), token_map.get(f"{which}_token")):
         if token:
-            return token["content"] if isinstance(token, dict) else token
+            text = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(text, str):
+                raise DataError(f"tokenizer_config.json: {which}_token: expected the text of a token, got {text!r:.80}")
+            return text
     token_id = generation.get(f"{which}_token_id")
     return texts.get(token_id[0] if isinstance(token_id, list) else token_id)
 
@@ -665,6 +668,8 @@ def _chat_template(config: dict[str, Any], files: Mapping[str, bytes]) -> str | 
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise DataError(f"tokenizer_config.json: chat_template: expected a string, got {template!r:.80}")
     return template
 
 

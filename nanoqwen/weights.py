@@ -33,6 +33,7 @@ from nanoqwen.routing import RoutingConfig, build_model, make_routers, routed_la
 from nanoqwen.sources import ADAPTER_CONFIG, HUB_ID, is_adapter, is_gguf, path_exists, resolve
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
 
+MOST_LISTED = 20  # tensors that a message names
 READ_BYTES = 2**26  # weights are read in chunks of 64 MiB, so that a load needs little more memory than the model
 SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into several files, as transformers does
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
@@ -264,9 +265,9 @@ def _read_state(
                 read_tied_head = read  # stored twice although tied: it must be the same matrix
                 continue
             parts = _parts(kind, stored, meta)
-            if seen & parts.keys():
+            if not seen.isdisjoint(parts):
                 problems["twice"].append(stored)
-            seen |= parts.keys()
+            seen.update(parts)
             if not parts.keys() <= expected.keys():
                 problems["unexpected"].append(stored)
             elif wrong := [name for name, part in parts.items() if part.shape != expected[name]]:
@@ -283,7 +284,12 @@ def _read_state(
         text = "lm_head.weight, which differs from the embedding although tie_word_embeddings is true"
         problems["mis-shaped"].append(text)
     problems["missing"] = [name for name in expected if name not in seen]
-    return state, [f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names]
+    return state, [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MOST_LISTED
+    return ", ".join(names[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _parts(kind: str, stored: str, meta: Tensor) -> dict[str, Tensor]:
