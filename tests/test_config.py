@@ -596,7 +596,7 @@ def test_help_lists_every_key_with_type_bound_default_and_comment(section: str):
         name, comment = key.removeprefix(f"{section}."), comments.get(key) or comments[key.replace("finetune", "train")]
         assert re.search(rf" --{re.escape(name)} [^#]{{1,120}} = \S.*? {re.escape(comment)} ", words + " "), key
     assert ("--top_k" if section == "infer" else "--infer.top_k") + " int >= 0 = 0" in words
-    assert "--model.rope_scaling.factor float >= 1" in text
+    assert "--model.rope_scaling.factor float in [1, 2**40]" in text
     assert "--preset 0.5B" in text
     assert help_text(section, "python infer.py PROMPT").startswith("usage: python infer.py PROMPT\n")
 
