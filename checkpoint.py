@@ -9,6 +9,11 @@ python checkpoint.py verify SOURCE           check all files of a checkpoint and
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: leave, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import random

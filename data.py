@@ -9,6 +9,11 @@ Letters in shapes: B rows, T tokens of a row (seq_len), V ids.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: leave, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
 import itertools
 import math

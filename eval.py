@@ -11,6 +11,11 @@ A table goes to stdout; all metrics, and each answer to an attack, go to a JSON 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: leave, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from dataclasses import replace
 from pathlib import Path

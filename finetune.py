@@ -14,6 +14,11 @@ beside them representations of these requests: see contrast.py, triplets.py and 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: leave, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import shlex
 import sys
 from collections.abc import Callable

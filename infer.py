@@ -10,6 +10,11 @@ stdout carries what the model wrote and nothing else; notes and speed go to stde
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: leave, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 import time
 from collections.abc import Iterator, Sequence

@@ -12,6 +12,11 @@ needs little more than the step and the tensors.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: leave, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import gc
 import hashlib
 import json

@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -405,15 +406,19 @@ BODY = len(MAGIC) + 64
 
 
 class TokenShards:
-    """The tokens of one prepared split, mapped into memory. Opening checks sizes and header, `verify` every byte."""
+    """The tokens of one prepared split. Opening checks sizes and header, `verify` every byte.
+
+    Windows are read, not mapped: a file that shrinks, or a disk that fails, under a memory map kills the process.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
-                head, size = file.read(HEADER), os.fstat(file.fileno()).st_size
+            self._descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror}") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        head, size = self._read(0, HEADER), os.fstat(self._descriptor).st_size
         if head[: len(MAGIC)] != MAGIC:
             raise DataError(f"{self.path}: expected token shards, got another kind of file")
         try:
@@ -431,8 +436,9 @@ class TokenShards:
         end = HEADER + self._count * self.dtype.itemsize
         if size != end + 8 * self.n_documents:
             raise DataError(f"{self.path}: expected {end + 8 * self.n_documents} bytes, got {size}")
-        self._tokens = _mapped(self.path, self.dtype, HEADER, self._count)
-        self.document_ends = _mapped(self.path, np.dtype("<u8"), end, self.n_documents)  # each behind its EOS
+
+    def _read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
 
     def verify(self) -> None:
         """Compare the whole file with the SHA-256 in its header."""
@@ -445,11 +451,17 @@ class TokenShards:
 
     def window(self, start: int, length: int) -> np.ndarray:
         """`length` tokens from `start` on, fewer at the end."""
-        return self._tokens[start : start + length]
+        return self._array(self.dtype, HEADER, start, min(length, self._count - start))
 
+    def document_ends(self) -> np.ndarray:
+        """Where each document ends, behind its EOS."""
+        return self._array(np.dtype("<u8"), HEADER + self._count * self.dtype.itemsize, 0, self.n_documents)
 
-def _mapped(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
-    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
+    def _array(self, dtype: np.dtype, offset: int, start: int, count: int) -> np.ndarray:
+        content = self._read(offset + start * dtype.itemsize, count * dtype.itemsize)
+        if len(content) != count * dtype.itemsize:
+            raise DataError(f"{self.path}: is shorter than when it was opened; run python data.py prepare again")
+        return np.frombuffer(content, dtype)
 
 
 def _body_sha256(path: Path) -> str:

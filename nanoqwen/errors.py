@@ -143,6 +143,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run `main` on the command line and leave with its exit code."""
     os.umask(os.umask(0) | 0o022)  # whatever the shell's: no file that others may write
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(sys.argv[1:]) or 0
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: a stop now must not change the exit code
         sys.stdout.flush()

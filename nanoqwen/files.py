@@ -28,6 +28,8 @@ TEMPORARY = ".tmp-"  # prefix of what is still being written
 
 def read_json(path: Path, error: type[UserError] = CheckpointError) -> dict[str, Any]:
     """The JSON object in a file; an `error` if it is missing, damaged or holds another value."""
+    if is_special(path):
+        raise error(f"{path}: expected a file, found a pipe or device")
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -37,6 +39,11 @@ def read_json(path: Path, error: type[UserError] = CheckpointError) -> dict[str,
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def is_special(path: Path) -> bool:
+    """True for a pipe, socket or device: opening one may wait for its other end for ever."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def read_json_or_empty(path: Path) -> dict[str, Any]:

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from model import ModelConfig
 from nanoqwen.config import Config, LogConfig, TrainConfig
 from nanoqwen.distributed import World
-from nanoqwen.errors import NonFiniteError, say, warn
-from nanoqwen.files import write_atomic
+from nanoqwen.errors import DiskError, NonFiniteError, say, warn
+from nanoqwen.files import is_special, write_atomic
 from nanoqwen.flops import flops_per_token
 from nanoqwen.routing import RoutingConfig
 
@@ -128,6 +128,8 @@ def percent(fraction: float | None) -> str:
 
 def trim(file: Path, step: int) -> None:
     """Drop the rows after `step`, which are about to be written again, and a line that a kill cut off."""
+    if is_special(file):
+        raise DiskError(f"{file}: expected a file, found a pipe or device")
     if not file.exists():
         return
     kept_lines = []

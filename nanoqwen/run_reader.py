@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanoqwen.errors import NoRunError
-from nanoqwen.files import read_json_or_empty
+from nanoqwen.files import is_special, read_json_or_empty
 
 LARGEST = 1e100  # larger values count as infinite, and those below its inverse as zero
 MAX_METRICS = 2_000  # different names in one run: more are a mistake, and would not fit on a page
@@ -66,6 +66,8 @@ class Run(NamedTuple):
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; a line that is torn, or just being written, is left out."""
+    if is_special(file):
+        return
     try:
         with file.open("rb") as lines:
             for line in lines:
@@ -125,6 +127,8 @@ def _sorted(xs: array, ys: array) -> Series:
 def read_config(file: Path) -> dict[str, str]:
     """A resolved config.yaml as {full key: value as written}; empty where there is none."""
     try:
+        if is_special(file):
+            return {}
         return config_lines(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return {}

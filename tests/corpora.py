@@ -41,7 +41,7 @@ def tokens(shards: TokenShards) -> list[int]:
 
 def documents(shards: TokenShards) -> list[str]:
     """The texts of a shard, by its document index."""
-    starts = [0, *shards.document_ends.tolist()]
+    starts = [0, *shards.document_ends().tolist()]
     parts = [shards.window(a, b - a).tolist() for a, b in itertools.pairwise(starts)]
     assert all(part[-1] == EOS and EOS not in part[:-1] for part in parts)
     return [bytes(part[:-1]).decode() for part in parts]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -204,3 +206,16 @@ def test_k04_every_configuration_key_is_read_somewhere():
                 code,
             )
             assert read or field.name in handed_on, f"{section}.{field.name}"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "data"])
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(script: str):
+    """Somebody who has mistyped is answered with a page of torch."""
+    process = subprocess.Popen([sys.executable, f"{script}.py"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert "Traceback" not in said
+    assert process.returncode == -signal.SIGINT

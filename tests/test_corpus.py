@@ -123,6 +123,17 @@ def test_e8_ids_above_65535_round_trip(build, tmp_path, monkeypatch):
     assert PretrainBatches([(shards, 1.0)], 8, 64, seed=0)(0).tokens.max() == 69_999
 
 
+def test_a_shard_that_shrinks_in_use_is_an_error_and_not_the_end_of_the_process(build, tmp_path):
+    """Under a memory map it was SIGBUS, and the run stayed `running`."""
+    jsonl(tmp_path / "a.jsonl", texts(400))
+    shards = build("a.jsonl").train[0][0]
+    whole = shards.window(0, len(shards))
+    os.truncate(shards.path, corpus.HEADER + len(shards))  # of two bytes a token
+    assert np.array_equal(shards.window(0, 64), whole[:64])
+    with pytest.raises(DataError, match="is shorter than when it was opened"):
+        shards.window(len(shards) - 64, 64)
+
+
 @pytest.mark.parametrize(("ids", "width"), [([65_536], "<u2"), ([1, 2**32], "<u4"), ([-1], "<u2"), ([2**62], "<u4")])
 def test_d03_an_id_that_does_not_fit_is_refused(ids, width):
     with pytest.raises(DataError, match="token id"):

@@ -21,7 +21,7 @@ from data import Batch, micro_batches
 from nanoqwen import log, optim
 from nanoqwen.config import Config, load_config
 from nanoqwen.distributed import World
-from nanoqwen.errors import NonFiniteError
+from nanoqwen.errors import DiskError, NonFiniteError
 from nanoqwen.flops import dense_flops_per_token as flops_per_token
 from nanoqwen.log import MetricLog, Peak, Speed
 
@@ -309,3 +309,11 @@ def test_wandb_is_not_imported_unless_asked(tmp_path: Path):
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_pipe_in_the_place_of_a_log_is_refused(name: str, tmp_path: Path):
+    """Opening it once waited for a reader for ever."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DiskError, match=f"{name}: expected a file, found a pipe or device"):
+        metric_log(tmp_path)

@@ -151,7 +151,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     questions = [{"question": f"{n} and {n}?", "choices": [" much", f" {2 * n}"], "label": 1} for n in range(6)]
     write_rows(home / "tasks" / "rows.jsonl", questions)
     tokenizer = train_tokenizer([source.read_text() for source in sources[:6]], 600)
-    for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"):
+    for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B"):
         write_model(home / name, tokenizer)
     return home
 

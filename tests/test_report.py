@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -751,3 +752,11 @@ def test_nothing_scrolls_sideways(tmp_path: Path, width: int):
         """)  # fmt: skip
         assert answers["figures"] > 5
         assert answers["scroll"] <= answers["width"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "status.json", "source.json"])
+def test_a_pipe_in_a_run_folder_holds_no_reader_up(name: str, tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    report.write_report(folder)
