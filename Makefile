@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TESTS := $(BIN)/python -m pytest -n auto
 
-.PHONY: train test test-slow real gpu check smoke bench clean
+.PHONY: train test test-slow mutants real gpu check smoke bench clean
 
 train: $(VENV)/.user
 	$(BIN)/python train.py
@@ -15,6 +15,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(TESTS) -m "slow and not gpu and not real"
+
+# Small bugs planted in a copy: each must be noticed by the fast tests. Half an hour.
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants.py
 
 # Released files, fetched by package name; a test skips where that is not possible.
 real: $(VENV)/.dev
