@@ -5,16 +5,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TESTS := $(BIN)/python -m pytest -n auto
 
-.PHONY: train test test-slow mutants real gpu check smoke bench clean
+.PHONY: train test test-slow torture mutants real gpu check smoke bench clean
 
 train: $(VENV)/.user
 	$(BIN)/python train.py
 
 test: $(VENV)/.dev
-	$(TESTS) -m "not slow and not gpu and not real"
+	$(TESTS) -m "not slow and not gpu and not real and not torture"
 
 test-slow: $(VENV)/.dev
-	$(TESTS) -m "slow and not gpu and not real"
+	$(TESTS) -m "slow and not gpu and not real and not torture"
+
+# Power cuts, failing disks, long runs, hostile input; half an hour, some as root alone. Ends with a table.
+torture: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/torture
 
 # Small bugs planted in a copy: each must be noticed by the fast tests. Half an hour.
 mutants: $(VENV)/.dev

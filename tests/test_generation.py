@@ -61,6 +61,18 @@ class Markov(nn.Module):
         return Output(logits, logits, None, None, {}, {})
 
 
+@pytest.mark.parametrize("minimum", [0, 1, 2, 5])
+def test_a_row_ends_right_after_its_minimum_length(minimum: int):
+    """eos is the most likely token at each step: rows end as soon as they may, with eos as the first token beyond."""
+    table = torch.full((7, 7), -1.0)
+    table[:, 3] = 5.0
+    model, prompts = Markov(table), [[0, 1], [2]]
+    more = {"min_new_tokens": minimum, "max_new_tokens": 20, "eos": 3}
+    for rows in (greedy(model, prompts, **more), generate(model, prompts, num_beams=2, early_stopping=True, **more)):
+        assert [len(row) - len(start) for row, start in zip(rows, prompts, strict=True)] == [minimum + 1] * 2
+        assert all(row[-1] == 3 for row in rows)
+
+
 # --- filters ----------------------------------------------------------------------------------------------------------
 
 
