@@ -686,6 +686,7 @@ def test_n04_norms_rotation_and_logits_are_fp32_inside(dtype: torch.dtype):
     norm = model_module.RMSNorm(64, 1e-6).to(dtype)
     big = torch.full((1, 64), 3e4, dtype=dtype)  # its square overflows fp16
     assert torch.allclose(norm(big).float(), torch.ones(1, 64), rtol=1e-2)
+    assert not norm(torch.zeros(1, 64, dtype=dtype)).any()  # by its epsilon; else 0 / 0
     gpt = tiny.model().to(dtype)
     assert gpt(tokens()).logits.dtype == torch.float32
     assert gpt(tokens(), tokens()).loss.dtype == torch.float32
