@@ -240,6 +240,20 @@ def test_an_extended_run_keeps_the_warm_up_and_the_pace_of_its_routers(at: int):
     assert again.loop.warmup_steps == again.pace.warmup_steps == 100
 
 
+def test_all_of_progress_is_restored():
+    """The evaluations without a better one among it, else patience would begin anew at each resume."""
+    loop = TrainConfig(steps=100, warmup_steps=0, schedule="plateau", patience=3, plateau_patience=1)
+    progress = train.Progress(loop, lambda result: [result["loss"]])
+    for progress.step, loss in enumerate((3.0, 2.0, 2.5, 2.4), start=1):
+        progress.update({"loss": loss})
+    again = train.Progress(loop, lambda result: [result["loss"]])
+    again.load(json.loads(json.dumps(progress.state())))
+    assert vars(again) == vars(progress) | {"plateau": again.plateau, "sort_key": again.sort_key}
+    assert again.stale == 2
+    assert again.plateau.state() == progress.plateau.state()
+    assert again.plateau.scale == 0.5
+
+
 def test_a_run_extended_at_a_rate_of_0_is_warned(capfd: pytest.CaptureFixture):
     cfg = TrainConfig(steps=400, warmup_steps=10, schedule="cosine", lr=2e-3, floor=0.0)
     progress = train.Progress(cfg, min)
