@@ -44,7 +44,7 @@ from nanoqwen.distributed import Stop, World, all_reduce_sum, full_tensor
 from nanoqwen.errors import PREEMPTED, SILENT, ConfigError, ResumeError, escape_terminal, exit_code_of, run_script, say
 from nanoqwen.files import write_atomic
 from nanoqwen.log import MetricLog, Peak, Speed, peak_of
-from nanoqwen.lora import LoraConfig, apply_lora, lora_state
+from nanoqwen.lora import LoraConfig, apply_lora, keep_frozen_in, lora_state
 from nanoqwen.tokenizer import Tokenizer, pieces_of
 from nanoqwen.weights import resolve
 
@@ -519,7 +519,9 @@ def load_base(cfg: Config, section: str) -> Base:
     loop = getattr(cfg, section)
     folder = find_base(cfg, section)
     torch.manual_seed(cfg.run.seed)
-    model, tokenizer = weights.load_model(folder, dtype=torch.float32, routing=cfg.routing)
+    computed, _ = distributed.pick_dtype(cfg.run.dtype, distributed.pick_device(cfg.run.device))
+    dtype = plan.base_dtype(cfg, folder, computed)
+    model, tokenizer = weights.load_model(folder, dtype=dtype, routing=cfg.routing)
     if tokenizer is None:
         raise ConfigError(f"{section}.base_ckpt: {folder} has no tokenizer")
     check_context(loop, model.cfg)
@@ -543,6 +545,7 @@ def add_adapters(cfg: Config, base: Base) -> FullCheckpoint:
     torch.manual_seed(cfg.run.seed)
     apply_lora(base.model, lora)
     if lora.rank:
+        keep_frozen_in(base.model, base.model.get_input_embeddings().weight.dtype)
         return AdapterCheckpoint(lora, base.name, base.hash)
     return RoutedCheckpoint() if routed else FullCheckpoint()
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class LoraConfig:
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    base: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -126,6 +127,14 @@ def apply_lora(model: nn.Module, cfg: LoraConfig) -> None:
         module.before_lora = {name: p.detach().to(place, copy=True) for name, p in _own(module)}
         for _, parameter in _own(module):
             parameter.requires_grad_(True)
+
+
+def keep_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Matrices that do not train in `dtype`. All else is fp32: what trains would lose small steps, vectors weigh
+    nothing."""
+    for parameter in model.parameters():
+        frozen_matrix = parameter.dim() > 1 and not parameter.requires_grad
+        parameter.data = parameter.data.to(dtype if frozen_matrix else torch.float32)
 
 
 def _targets(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Linear]:

@@ -30,12 +30,12 @@ from nanoqwen.errors import ConfigError, say, warn
 from nanoqwen.files import read_json_or_empty
 from nanoqwen.flops import flops_per_token
 from nanoqwen.log import Peak, Speed
-from nanoqwen.lora import LoraConfig, apply_lora
+from nanoqwen.lora import LoraConfig, apply_lora, keep_frozen_in
 from nanoqwen.optim import parameter_groups
 from nanoqwen.routing import RoutingConfig, build_model
 from nanoqwen.runfolder import recorded_base
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
-from nanoqwen.weights import config_of, is_adapter, path_exists, read_adapter, resolve
+from nanoqwen.weights import config_of, is_adapter, path_exists, read_adapter, resolve, stored_dtype
 
 CPU_MICRO_TOKENS = 4_096  # tokens per forward at most: more do not fit into a CPU's caches ...
 GPU_MICRO_TOKENS = 65_536  # ... and make a GPU no busier
@@ -86,6 +86,20 @@ def auto_rate(cfg: Config, loop: TrainConfig) -> float:
     return ADAPTER_RATE if cfg.lora.rank else PUBLISHED_RATE
 
 
+def base_dtype(cfg: Config, source: str | Path | None, computed: torch.dtype) -> torch.dtype:
+    """Of the frozen matrices beside adapters. `auto`: as stored, where they are computed in that type and need no copy;
+    without a source as published weights are. Ranks of fsdp gather weights of one type: fp32, as the adapters."""
+    if not cfg.lora.rank:
+        return torch.float32
+    if cfg.lora.base != "auto":
+        asked = getattr(torch, cfg.lora.base)
+        if asked not in (torch.float32, computed):
+            raise ConfigError(f"lora.base {cfg.lora.base}: expected float32 or run.dtype, got {computed}")
+        return asked
+    stored = computed if source is None else stored_dtype(source)
+    return computed if stored == computed and cfg.run.parallel != "fsdp" else torch.float32
+
+
 def settle(cfg: Config, section: str) -> Config:
     """The configuration of a script that trains, with its rates as numbers."""
     loop = getattr(cfg, section)
@@ -118,7 +132,7 @@ def memory_estimate(
     bucketed: bool = False,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Bytes on one device: fp32 weights, gradients and optimizer state, activations and logits of one micro-batch.
+    """Bytes on one device: weights, gradients and optimizer state, activations and logits of one micro-batch.
 
     Measured with torch's own kernels, not compiled; a compiler keeps less.
 
@@ -140,7 +154,7 @@ def memory_estimate(
     weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.requires_grad)
     holes = HEAP * (activations + in_flight + logits) - min(activations + in_flight, 4 * weights / shards)
     return {
-        "weights": 4 * (sum(p.numel() for p in model.parameters()) + head) / shards,
+        "weights": (sum(p.nbytes for p in model.parameters()) + 4 * head) / shards,
         "gradients": 4 * trained / (1 if accumulated else shards) * (2 if bucketed else 1),
         "gathered": gathered_bytes(model) if shards > 1 else 0.0,
         "optimizer": (8 * (trained - muon) + 4 * muon) / shards,
@@ -193,9 +207,11 @@ def copied_bytes(model: GPT, train: TrainConfig, forward: Forward) -> float:
     m, width = model.cfg, forward.dtype.itemsize
     if width >= 4:
         return 0.0
-    linear = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
-    per_pass = linear / (m.num_hidden_layers if train.checkpoint_activations else 1)
-    return width * (per_pass + m.vocab_size * m.hidden_size)
+    linear = [module.weight for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+    copied = sum(weight.numel() for weight in linear if weight.dtype == torch.float32)
+    per_pass = copied / (m.num_hidden_layers if train.checkpoint_activations else 1)
+    head = model.get_output_embeddings().weight
+    return width * (per_pass + (head.numel() if head.dtype == torch.float32 else 0))
 
 
 def gathered_bytes(model: GPT) -> float:
@@ -341,12 +357,13 @@ def duration(seconds: float) -> str:
 
 
 @lru_cache(maxsize=4)
-def _on_meta(model_cfg: ModelConfig, routing: RoutingConfig, lora: LoraConfig | None) -> GPT:
+def _on_meta(model_cfg: ModelConfig, routing: RoutingConfig, lora: LoraConfig | None, base: torch.dtype) -> GPT:
     """Shapes alone. Most suggestions leave the model as it is, and one of 3 B parameters takes a second to build."""
     with torch.device("meta"):
         model = build_model(model_cfg, routing)
         if lora is not None:
             apply_lora(model, lora)
+            keep_frozen_in(model, base)
     return model
 
 
@@ -370,7 +387,8 @@ class PlannedRun(NamedTuple):
 
     @property
     def model(self) -> GPT:
-        return _on_meta(self.cfg.model, self.cfg.routing, self.cfg.lora if self.adapted else None)
+        base = base_dtype(self.cfg, self.loop.base_ckpt, self.dtype)
+        return _on_meta(self.cfg.model, self.cfg.routing, self.cfg.lora if self.adapted else None, base)
 
     @property
     def forward(self) -> Forward:

@@ -103,6 +103,15 @@ def safetensors_header(file: Path) -> dict[str, tuple[str, list[int]]]:
         return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
 
 
+def stored_dtype(source: str | Path) -> torch.dtype:
+    """The widest type of a source's numbers; of an adapter fp32, since it is merged into its base."""
+    folder = resolve(source)
+    if is_adapter(folder):
+        return torch.float32
+    dtypes = {meta.dtype for file in weight_files(folder) for _, meta, _ in _tensors(file) if meta.is_floating_point()}
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
+
 Reader = Callable[[torch.dtype | None, torch.device], Tensor]
 _FLOAT_NUMBERS = "floating-point numbers of 16, 32 or 64 bits"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -40,6 +40,16 @@ def objective(dropout: float = 0.0) -> LanguageModeling:
     return LanguageModeling(tiny.model(vocab_size=97, dropout=dropout).train(), {})
 
 
+def poison_a_row(embedding: nn.Module, token: int) -> None:
+    """Of its gradient, that of a token: under fsdp it lies on one of the ranks alone."""
+
+    def hook(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+        of_token = (arguments[0] == token)[..., None]
+        output.register_hook(lambda gradient: gradient.masked_fill(of_token, float("nan")))
+
+    embedding.register_forward_hook(hook)
+
+
 def step(wrapped: nn.Module, world: World, poison: int | None = None) -> dict[str, torch.Tensor]:
     """One step of this rank's rows, a row a micro-batch; `poison`: the rank whose gradient is not a number."""
     inner = distributed.unwrap_model(wrapped)
@@ -48,7 +58,7 @@ def step(wrapped: nn.Module, world: World, poison: int | None = None) -> dict[st
     optimizers.set_rate(1e-2)
     mine = Batch(*(None if part is None else part[world.rank :: world.size] for part in batch()))
     if poison == world.rank:
-        inner.model.model.norm.register_full_backward_hook(lambda module, d_in, d_out: (d_in[0] * float("nan"),))
+        poison_a_row(inner.model.get_input_embeddings(), int(mine.tokens.min()))
     metrics = train_step(
         wrapped, optimizers, micro_batches(mine, 1, world.device), world,
         clip=1.0, scaler=torch.amp.GradScaler("cpu", enabled=False), autocast=nullcontext(),

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import runs
 import tiny
+import torch
 
 import eval as evaluation
 import train
 from nanoqwen import plan
 from nanoqwen.config import load_config
+from nanoqwen.distributed import World
 from nanoqwen.errors import ConfigError
 from nanoqwen.runfolder import verify
-from nanoqwen.weights import is_adapter, load_model
+from nanoqwen.weights import export, is_adapter, load_model
 
 ADAPTERS = "--lora.rank=4"
+ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,53 @@ def test_it_is_the_same_run_after_kill_9(done: tuple[str, Path], base: Path, cor
     assert list(evaluations(stopped).items()) == list(evaluations(run).items())
     assert len([row for row in runs.lines(stopped / "metrics.jsonl") if row["step"] == 0]) == 1
     assert is_adapter(runs.at(run, 20)) == (more == ADAPTERS)
+
+
+def test_a_frozen_base_stays_as_it_is_stored(base: Path, corpus: Path, starter, tmp_path: Path):
+    """Beside adapters, where bf16 is computed in: half of the memory, no second copy, and the same run."""
+    model, tokenizer = load_model(base)
+    export(model.bfloat16(), tokenizer, tmp_path / "half")
+    more = (ADAPTERS, "--run.dtype=bfloat16", "--train.lr=3e-3")
+    found = {}
+    for kind in ("auto", "float32"):
+        run = tmp_path / kind
+        trainer = train.build(config := load_config(options(tmp_path / "half", corpus, run, *more,
+                              f"--lora.base={kind}"), "train"), ALONE)  # fmt: skip
+        frozen = {p.dtype for p in trainer.model.parameters() if p.dim() > 1 and not p.requires_grad}
+        others = {p.dtype for p in trainer.model.parameters() if p.dim() < 2 or p.requires_grad}
+        assert frozen == {torch.bfloat16 if kind == "auto" else torch.float32}, config.lora
+        assert others == {torch.float32}
+        train.main(options(tmp_path / "half", corpus, run, *more, f"--lora.base={kind}"))
+        found[kind] = runs.metrics(run)[runs.STEPS]["loss"]
+    assert found["auto"] == pytest.approx(found["float32"], rel=1e-2)
+    arguments = options(tmp_path / "half", corpus, tmp_path / "stopped", *more)
+    assert runs.killed_at(starter, tmp_path / "stopped", 10, signal.SIGKILL, arguments).poll() == -signal.SIGKILL
+    starter.run(*arguments)
+    assert verify(tmp_path / "stopped") == verify(tmp_path / "auto")
+
+
+@pytest.mark.parametrize(
+    ("stored", "more", "kept"),
+    [
+        ("bfloat16", (ADAPTERS, "--run.dtype=bfloat16"), "bfloat16"),
+        ("float32", (ADAPTERS, "--run.dtype=bfloat16"), "float32"),
+        ("bfloat16", (ADAPTERS, "--run.dtype=float32"), "float32"),
+        ("bfloat16", (ADAPTERS, "--run.dtype=bfloat16", "--run.parallel=fsdp"), "float32"),
+        ("bfloat16", ("--run.dtype=bfloat16",), "float32"),
+        ("float32", (ADAPTERS, "--run.dtype=bfloat16", "--lora.base=bfloat16"), "bfloat16"),
+        ("float32", (ADAPTERS, "--run.dtype=float32", "--lora.base=bfloat16"), None),
+    ],
+)
+def test_what_a_base_is_kept_in(stored: str, more: tuple[str, ...], kept: str | None, base: Path, tmp_path: Path):
+    model, tokenizer = load_model(base)
+    export(model.to(getattr(torch, stored)), tokenizer, tmp_path / "base")
+    cfg = load_config(list(more), "train")
+    computed = getattr(torch, cfg.run.dtype)
+    if kept is None:
+        with pytest.raises(ConfigError, match=r"lora.base bfloat16: expected float32 or run.dtype, got torch.float32"):
+            plan.base_dtype(cfg, tmp_path / "base", computed)
+    else:
+        assert plan.base_dtype(cfg, tmp_path / "base", computed) == getattr(torch, kept)
 
 
 @pytest.mark.slow

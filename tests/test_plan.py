@@ -137,6 +137,19 @@ def test_q02_the_estimate_is_within_15_per_cent_of_the_peak_of_a_contrast_step(s
     assert 0.85 <= statistics.median(ratios) <= 1.15, ratios
 
 
+@pytest.mark.parametrize(("preset", "gigabytes"), [("1.5B", 3.1), ("7B", 15.4)])
+def test_adapters_leave_a_base_as_small_as_it_is_stored(preset: str, gigabytes: float):
+    """Frozen weights were once in fp32, with a copy in bf16 beside them: 9.3 GB for 1.5 B parameters."""
+    words = f"--preset {preset} --lora.rank=16 --seq_len=1024 --batch_tokens=16384 --checkpoint_activations"
+    cfg = load_config(words.split(), "finetune")
+    run = plan.plan_run(cfg, "finetune", 1, "cuda", 24e9)
+    found = run.bytes()
+    assert run.dtype == torch.bfloat16
+    assert found["weights"] / 1e9 == pytest.approx(gigabytes, rel=0.04)
+    assert found["copies"] == 0
+    assert run.fits
+
+
 def test_three_streams_and_the_head_are_counted():
     cfg, model, head = load_config([], "finetune").finetune, tiny.model(), ProjectionHead(32, 16)
     plain = plan.memory_estimate(model, cfg, 4)
