@@ -205,10 +205,13 @@ MUTANTS = [
     Mutant(
         "the norm of this rank's shard decides",
         "train.py",
-        "skip = (~norm.isfinite()).float()",
-        "own = [p.grad.to_local() if hasattr(p.grad, 'to_local') else p.grad for p in optimizers.names]\n"
-        "    skip = (~nn.utils.get_total_norm([g for g in own if g is not None]).isfinite()).float()",
-        "test_distributed.py test_train.py",
+        "norm = full_tensor(nn.utils.clip_grad_norm_([p for p in optimizers.names if p.grad is not None], clip))\n"
+        "    skip = (~norm.isfinite()).float()",
+        "own = [getattr(p.grad, '_local_tensor', p.grad) for p in optimizers.names if p.grad is not None]\n"
+        "    own = nn.utils.get_total_norm(own)\n"
+        "    norm = full_tensor(nn.utils.clip_grad_norm_([p for p in optimizers.names if p.grad is not None], clip))\n"
+        "    skip = (~own.isfinite()).float()",
+        "test_distributed.py",
     ),
     Mutant(
         "patience starts anew on resume",
@@ -261,10 +264,10 @@ MUTANTS = [
         "test_train.py",
     ),
     Mutant(
-        "a moment of one parameter is lost",
+        "moments are zero after a resume",
         "nanoqwen/optim.py",
-        'else ("step", "exp_avg", "exp_avg_sq")',
-        'else ("step", "exp_avg_sq", "exp_avg")',
+        "else shard_like(t, p) for key, t in entry.items()",
+        "else shard_like(t * 0, p) for key, t in entry.items()",
         "test_train.py",
     ),
     # --- data
