@@ -28,6 +28,8 @@ from test_gguf_reader import vocabulary, written
 from test_tokenizer import LANGUAGES, random_texts, stream
 from tokenizers import decoders, models, pre_tokenizers
 
+import eval as evaluation
+import train
 from model import generate
 from nanoqwen.chat import fit_conversation, render_chat
 from nanoqwen.tokenizer import Tokenizer, load_tokenizer
@@ -201,6 +203,36 @@ def test_smollm2_computes_and_says_what_it_does_in_transformers(kept):
     command = [sys.executable, "infer.py", "--ckpt", str(file), *question, "--max_new_tokens", "20"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert "Paris" in done.stdout, done.stderr
+
+
+def test_smollm2_costs_the_bits_that_it_costs_in_transformers(kept, tmp_path: Path):
+    """eval.py on a text, against logits of transformers on rows that are cut here; and so does the first evaluation of
+    a run that begins with these weights."""
+    file = kept(*SMOLLM2)
+    text = tmp_path / "text.md"
+    shutil.copy(Path(__file__).parents[1] / "CONTRIBUTING.md", text)
+    shutil.copy(Path(__file__).parents[1] / "README.md", tmp_path / "other.md")
+    evaluation.main(
+        [f"--ckpt={file}", f"--data={text}", "--seq_len=256", "--dtype=float32", f"--output={tmp_path / 'e'}"]
+    )
+    found = json.loads((tmp_path / "e").read_text())["loss"]
+    tokenizer = load_tokenizer(file)
+    ids = [*tokenizer.encode(text.read_text()), tokenizer.eos_id]
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, nats = load(file.parent, gguf_file=file.name, dtype=torch.float32).eval(), 0.0
+    for start in range(0, len(ids) - 1, 256):
+        row = torch.tensor(ids[start : start + 257])
+        with torch.no_grad():
+            logits = theirs(row[None, :-1]).logits[0]
+        nats += float(torch.nn.functional.cross_entropy(logits.double(), row[1:], reduction="sum"))
+    assert found["loss"]["value"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)  # as the logits
+    run = tmp_path / "run"
+    words = f"--base_ckpt={file} --data.train={tmp_path / 'other.md'} --data.val={text} --run.dir={run} --steps=1 --seq_len=256 --lr=1e-9"
+    more = "--batch_tokens=256 --eval_tokens=100000 --sample_tokens=0 --run.dtype=float32 --run.save_every=9"
+    train.main([*words.split(), *more.split(), f"--data.cache_dir={tmp_path / 'cache'}"])
+    first = next(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val/loss" in line)
+    assert first["step"] == 0
+    assert first["val/loss"] == pytest.approx(found["loss"]["value"], abs=1e-6)
 
 
 def hostile(tokenizer: Tokenizer, rng: random.Random) -> list[str]:
