@@ -70,8 +70,8 @@ def _why_not(model: GPT, tokenizer: Tokenizer | None) -> str | None:
         return "expected the shape of Qwen2, Qwen3 or Llama without biases"
     if tokenizer is None:
         return "expected a tokenizer.json in the folder"
-    if tokenizer.engine.pattern is None:
-        return "expected a byte-level BPE tokenizer of one split pattern"
+    if tokenizer.engine.pattern is None and not _cuts_digits(tokenizer):
+        return "expected a byte-level BPE tokenizer of one split pattern, or with digits one by one before GPT-2's"
     if scaling is None:
         return None
     stored = {"rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
@@ -130,11 +130,21 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def _cuts_digits(tokenizer: Tokenizer) -> bool:
+    """Whether a text is cut as SmolLM's: each digit by itself, then by GPT-2's pattern."""
+    spec = getattr(tokenizer.engine, "spec", {})
+    steps = (spec.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    plain = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    return plain == [digits, byte_level] and spec.get("normalizer") is None
+
+
 def _pre_tokenizer(tokenizer: Tokenizer, vocab: dict[str, int], merges: list[str]) -> str:
     """llama.cpp's name for the split before BPE; an error where its ids would differ from ours."""
     merged = {merge.replace(" ", "") for merge in merges}
     longer = [text for text in vocab if len(text) > 1 and text not in tokenizer.special]
-    name = PRE_TOKENIZERS.get(tokenizer.engine.pattern)
+    name = "smollm" if _cuts_digits(tokenizer) else PRE_TOKENIZERS.get(tokenizer.engine.pattern)
     unreachable = [text for text in longer if text not in merged] if name != TAKES_WHOLE_PIECES else []
     if not longer:
         reason = "llama.cpp opens no vocabulary without merges"

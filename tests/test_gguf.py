@@ -20,6 +20,7 @@ from model import GPT, RopeScaling, generate
 from nanoqwen import gguf as gguf_writer
 from nanoqwen.errors import ConfigError, exit_code_of
 from nanoqwen.gguf import write_gguf
+from nanoqwen.gguf_reader import read_gguf
 from nanoqwen.patterns import LLAMA3_PATTERN
 from nanoqwen.routing import RoutingConfig, build_model
 from nanoqwen.tokenizer import CHATML_TEMPLATE, GPT2_PATTERN, Tiktoken, Tokenizer, load_tokenizer, train_tokenizer
@@ -181,6 +182,24 @@ def test_a_tokenizer_that_llama_cpp_would_split_differently_is_refused(tmp_path:
         Tokenizer("stuck", Tiktoken("stuck", ranks, GPT2_PATTERN), {"<|endoftext|>": 257}, eos="<|endoftext|>")
     )
     assert "without merges" in refusal(load_tokenizer("bytes"))
+
+
+def test_digits_one_by_one_are_smollm_s_split(tmp_path: Path):
+    """A fine-tuned SmolLM2 goes back into the format that it came in; its ids are those of before."""
+    spec_file = tmp_path / "tokenizer" / "tokenizer.json"
+    train_tokenizer(TEXTS, 320, pattern=GPT2_PATTERN).save(spec_file.parent)
+    spec = json.loads(spec_file.read_text())
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    steps = [{"type": "Digits", "individual_digits": True}, byte_level]
+    spec |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "normalizer": None}
+    spec_file.write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(spec_file.parent)
+    export(shape("llama"), tokenizer, tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "out.gguf")
+    again = load_tokenizer(tmp_path / "out.gguf")
+    for text in (*TEXTS[:5], "12345 and 6,789.01", "a1b22c333"):
+        assert again.encode(text) == tokenizer.encode(text)
+    assert read_gguf(tmp_path / "out.gguf").metadata["tokenizer.ggml.pre"] == "smollm"
 
 
 def test_a_file_is_there_when_it_is_complete_or_not_at_all(folders: dict[str, Path], tmp_path: Path, monkeypatch):

@@ -227,8 +227,8 @@ def test_smollm2_costs_the_bits_that_it_costs_in_transformers(kept, tmp_path: Pa
         nats += float(torch.nn.functional.cross_entropy(logits.double(), row[1:], reduction="sum"))
     assert found["loss"]["value"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)  # as the logits
     run = tmp_path / "run"
-    words = f"--base_ckpt={file} --data.train={tmp_path / 'other.md'} --data.val={text} --run.dir={run} --steps=1 --seq_len=256 --lr=1e-9"
-    more = "--batch_tokens=256 --eval_tokens=100000 --sample_tokens=0 --run.dtype=float32 --run.save_every=9"
+    words = f"--base_ckpt={file} --data.train={tmp_path / 'other.md'} --data.val={text} --run.dir={run}"
+    more = "--steps=1 --lr=1e-9 --seq_len=256 --batch_tokens=256 --eval_tokens=100000 --sample_tokens=0 --dtype=float32"
     train.main([*words.split(), *more.split(), f"--data.cache_dir={tmp_path / 'cache'}"])
     first = next(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val/loss" in line)
     assert first["step"] == 0

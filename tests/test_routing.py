@@ -205,6 +205,16 @@ def test_inv_03_a_later_token_changes_no_bit_of_an_earlier_logit(kind: str):
 
 
 @each_kind
+def test_a_token_at_the_threshold_itself_is_not_selected(kind: str):
+    """As many lie above a calibrated threshold as the capacity says; equal ones would all come in together."""
+    gpt = model(kind)
+    for router in gpt.routers.values():
+        router.causal_router.weight.data.zero_(), router.causal_router.bias.data.zero_()
+        router.causal_router.threshold.fill_(0.5)  # the sigmoid of each logit
+    assert not any(any(row) for found in masks(run(gpt, tokens())).values() for row in found)
+
+
+@each_kind
 def test_inv_04_topk_routing_does(kind: str):
     gpt, ids = model(kind), tokens()
     before, largest = run(gpt, ids, "topk").logits, 0.0
