@@ -225,7 +225,7 @@ MUTANTS = [
         "train.py",
         '    trainer.scaler.load_state_dict(state["scaler"])\n',
         "",
-        "test_train.py",
+        "test_defaults.py",
     ),
     Mutant(
         "an extended run warms up again",

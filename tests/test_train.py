@@ -240,6 +240,23 @@ def test_an_extended_run_keeps_the_warm_up_and_the_pace_of_its_routers(at: int):
     assert again.loop.warmup_steps == again.pace.warmup_steps == 100
 
 
+def test_dropout_is_of_the_seed_the_step_and_the_rank():
+    drawn = {}
+    for place in itertools.product((1, 2), (3, 4), (0, 1)):
+        train.seed_step(*place)
+        drawn[place] = float(torch.rand(()))
+        train.seed_step(*place)
+        assert drawn[place] == float(torch.rand(()))
+    assert len(set(drawn.values())) == 8
+
+
+def test_adamw_has_the_moments_of_the_configuration():
+    cfg = TrainConfig(beta1=0.8, beta2=0.95, eps=1e-6, lr=1e-3)
+    (adamw,) = optim.Optimizers(optim.parameter_groups(tiny.model(), cfg), cfg).members
+    assert {group["betas"] for group in adamw.param_groups} == {(0.8, 0.95)}
+    assert {group["eps"] for group in adamw.param_groups} == {1e-6}
+
+
 def test_all_of_progress_is_restored():
     """The evaluations without a better one among it, else patience would begin anew at each resume."""
     loop = TrainConfig(steps=100, warmup_steps=0, schedule="plateau", patience=3, plateau_patience=1)
