@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from nanoqwen.redact import redact
 
+# Of a disk or of what a process may have open; wherever they come up, the program is not to blame.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE)
 DEFECT, OUT_OF_MEMORY, SILENT, PREEMPTED, INTERRUPTED, NO_READER = 1, 8, 9, 75, 130, 141
 
 
@@ -127,7 +129,7 @@ def exit_code_of(error: BaseException) -> int:
         return OUT_OF_MEMORY
     if isinstance(error, FloatingPointError):
         return NonFiniteError.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return DiskError.exit_code
     return getattr(error, "exit_code", DEFECT)
 

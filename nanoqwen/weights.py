@@ -39,7 +39,7 @@ SHARD_BYTES = 5 * 10**9  # size above which exported weights are split into seve
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 # What we record about an adapter's base beside its name, in a file of its own: PEFT warns about unknown keys.
 BASE_RECORD = "base.json"
-PRUNED_TIMES = 5  # that a reader of a run under way tries the next checkpoint
+PRUNED_TIMES = 20  # that a reader of a run under way tries the next checkpoint
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def load_model(
         folder = resolve(source)
         try:
             return _load(folder, torch.device(device), dtype, merge, routing, allow_mismatch)
-        except CheckpointError:
+        except (CheckpointError, OSError, RuntimeError):  # as libraries say that a file is gone
             if folder.exists():
                 raise  # else a run that goes on has deleted it while it was read: on to its next one
     raise CheckpointError(f"{source}: each checkpoint was deleted while it was read")

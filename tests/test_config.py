@@ -751,4 +751,5 @@ def test_a_folder_that_no_file_system_can_have_is_refused():
 
 
 def test_a_disk_that_fails_is_no_defect_of_the_program():
-    assert exit_code_of(OSError(errno.EIO, "Input/output error", "metrics.jsonl")) == 6
+    for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.EROFS):
+        assert exit_code_of(OSError(number, os.strerror(number), "metrics.jsonl")) == 6

@@ -115,16 +115,19 @@ def test_a_newer_folder_that_is_not_whole_is_passed_over(run: Path):
     assert step_of(run) == 30
 
 
-def test_a_checkpoint_deleted_while_it_is_read_is_followed_by_the_next(run: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("moment", ["_read_state", "_read_tensor"])
+def test_a_checkpoint_deleted_while_it_is_read_is_followed_by_the_next(
+    run: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
     """Of 200 loads during training 4 failed: the run had pruned what was being read."""
-    read, pruned = weights._read_state, [30, 20]
+    read, pruned = getattr(weights, moment), [30, 20]
 
-    def prune_then_read(folder: Path, *arguments):
+    def prune_then_read(*arguments):
         if pruned:
             runfolder._delete(runs.at(run, pruned.pop(0)))
-        return read(folder, *arguments)
+        return read(*arguments)
 
-    monkeypatch.setattr(weights, "_read_state", prune_then_read)
+    monkeypatch.setattr(weights, moment, prune_then_read)
     assert step_of(run) == 10
 
 
