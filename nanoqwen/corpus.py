@@ -42,6 +42,7 @@ BUILTIN = "builtin:python"
 TEXT_FILES, ROW_FILES = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LOWER = bytes(range(256)).lower()  # of each byte
 FORMAT = 1  # of the shards; raise it whenever the same text would give other files
+LONGEST_ROW = 1 << 29  # bytes of a line of JSONL; an archive of a few megabytes may hold one without end
 PIECE = 1 << 22  # bytes of a text file that are tokenised at once
 JOB = 1 << 19  # characters that a thread tokenises at once
 PART = 1 << 24  # characters of a part of the tokens: at most this much work is done twice after a kill
@@ -231,7 +232,11 @@ class RowReader:
         if lines is file and place is not None:
             file.seek(place)
             first = skip
-        for number, line in enumerate(lines, start=first):
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_ROW + 1), b""), start=first):
+            if len(line) > LONGEST_ROW:
+                raise DataError(
+                    f"{path}:{number + 1}: expected rows of at most {LONGEST_ROW >> 20} MiB, got a longer one"
+                )
             if number >= skip:
                 self._state = file.tell() if lines is file else None
                 yield line if number else line.removeprefix(codecs.BOM_UTF8)
@@ -310,7 +315,7 @@ def describe_error(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterable[bytes]:
+def _lines(file: BinaryIO, path: Path) -> BinaryIO:
     if path.name.lower().endswith(".gz"):
         return gzip.GzipFile(fileobj=file)
     if path.name.lower().endswith(".zst"):

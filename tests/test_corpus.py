@@ -134,6 +134,16 @@ def test_a_shard_that_shrinks_in_use_is_an_error_and_not_the_end_of_the_process(
         shards.window(len(shards) - 64, 64)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_row_without_end_is_refused_before_it_is_read(name: str, build, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_ROW", 1 << 20)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("short", "x" * (1 << 20), "short"))
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+        file.write(rows)
+    with pytest.raises(DataError, match=rf"{name}:2: expected rows of at most 1 MiB, got a longer one"):
+        build(name)
+
+
 @pytest.mark.parametrize(("ids", "width"), [([65_536], "<u2"), ([1, 2**32], "<u4"), ([-1], "<u2"), ([2**62], "<u4")])
 def test_d03_an_id_that_does_not_fit_is_refused(ids, width):
     with pytest.raises(DataError, match="token id"):
