@@ -73,7 +73,8 @@ def text_of(cfg: Config, loaded: LoadedModel) -> Text:
     finetuned = bool(run.get("finetune", {}).get("base_ckpt"))
     loop = section(run, "finetune", FinetuneConfig) if finetuned else section(run, "train", TrainConfig)
     context, limit = loaded.model.cfg.context, cfg.eval.limit
-    seq_len = cfg.eval.seq_len or (loop.seq_len if run else min(context, DEFAULT_SEQ_LEN))
+    of_the_run = run and not cfg.eval.data  # another text is read in the same rows from every model: figures compare
+    seq_len = cfg.eval.seq_len or (loop.seq_len if of_the_run else min(context, DEFAULT_SEQ_LEN))
     if seq_len > context:
         raise ConfigError(f"eval.seq_len: expected at most the model's context of {context}, got {seq_len}")
     max_tokens = loop.eval_tokens if limit is None and not cfg.eval.data else (limit or NO_LIMIT) * seq_len

@@ -217,6 +217,15 @@ def test_it_is_the_loss_of_transformers_on_the_same_rows(corpus: Path, run: Path
     assert spread["bits_per_byte"] == pytest.approx(error, rel=1e-6)
 
 
+def test_a_text_is_read_in_the_same_rows_from_every_model(corpus: Path, run: Path, folder: Path, tmp_path: Path):
+    """A run of short rows once seemed a tenth worse on another text than the base that it began with."""
+    text = tmp_path / "a.md"
+    text.write_text("Some words of a text. " * 40)
+    of_run, of_folder = (evaluated(model, corpus, tmp_path / "o", f"--eval.data={text}") for model in (run, folder))
+    assert of_run["seq_len"] == of_folder["seq_len"] == 64
+    assert evaluated(run, corpus, tmp_path / "o")["seq_len"] == 32  # its own text, as it was trained
+
+
 def test_the_standard_error_is_that_of_a_mean_and_near_that_of_resampling():
     rng = np.random.default_rng(0)
     over = torch.tensor(rng.normal(3, 1, 400))
