@@ -75,13 +75,13 @@ def test_a_stopped_rank_ends_the_run(victim: int, tmp_path: Path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     run = tmp_path / "run"
-    arguments = runs.options(runs.write_corpus(corpus), run, "--train.steps=4000", "--run.timeout=2")
+    arguments = runs.options(runs.write_corpus(corpus), run, "--train.steps=4000", "--run.timeout=4")
     started = runs.torchrun(tmp_path / "output", arguments)
     assert started.until(lambda: runs.reached(run) >= 2, 120)
     ranks = sorted(set(runs.processes_of(run)) - {started.pid})
     os.kill(ranks[victim], signal.SIGSTOP)
     began = time.monotonic()
-    said = f"rank {victim} gave no sign of life for 2 s"
+    said = f"rank {victim} gave no sign of life for 4 s"
     assert started.until(lambda: runs.status(run)["status"] == "failed", 30)
     assert time.monotonic() - began < 15
     assert runs.status(run)["code"] == SILENT
