@@ -823,11 +823,13 @@ def test_i2_a_killed_run_blocks_nobody(tmp_path: Path):
 
 
 def test_i2_a_worker_that_outlives_its_run_holds_nothing(tmp_path: Path):
-    script = HOLD.replace("time.sleep", "import os; os.fork() or time.sleep(10); os.kill(os.getpid(), 9) or ")
+    worker = "os.fork() or (print('working', flush=True), time.sleep(10))"
+    script = HOLD.replace("time.sleep", f"import os; {worker}; os.kill(os.getpid(), 9) or ")
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(ROOT), str(tmp_path), "0"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "held\n"
+    assert process.stdout.readline() == "working\n"  # it has left the lock behind, which takes it a moment
     process.wait()
     try:
         with lock(tmp_path):
